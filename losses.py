@@ -1,0 +1,88 @@
+"""The three losses: pure functions of tensors, each a scalar, each 0 where it has nothing to say.
+
+B images, C classes, P prototypes, (h, w) feature cells. Labels are 0..C-1, 255 = ignore.
+Source: Sacha et al., "ProtoSeg: Interpretable Semantic Segmentation with Prototypical Parts" (WACV 2023), section 3.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from config import IGNORE
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy over the labelled cells; 0 with zero gradient if there are none.
+
+    logits (B, C, h, w) float, labels (B, h, w) int64 in 0..C-1 or 255.
+    """
+    # Sum and count instead of the built-in mean: that one is NaN for a batch without labels, and its CUDA kernel
+    # has no deterministic form.
+    per_cell = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+    return per_cell.sum() / (labels != IGNORE).sum().clamp(min=1)
+
+
+def l1_loss(last_layer_weight: Tensor, prototype_class: Tensor) -> Tensor:
+    """Sum of |w| over the connections of every prototype to classes that are not its own.
+
+    last_layer_weight (C, P) float, prototype_class (P,) int64.
+    """
+    classes = torch.arange(len(last_layer_weight), device=prototype_class.device)
+    is_other = (classes[:, None] != prototype_class).to(last_layer_weight.device)
+    return (last_layer_weight.abs() * is_other).sum()
+
+
+def diversity_loss(distances: Tensor, labels: Tensor, prototype_class: Tensor) -> Tensor:
+    """How alike the prototypes of a class look at the cells of that class: 1 identical, 0 fully diverse.
+
+    For each image and each class with at least 2 cells, v_p is the softmax over the class's cells of the squared
+    distance to prototype p. The loss is the mean of exp(-D_J(v_p, v_q)) over all pairs of prototypes of the class,
+    all classes and all images, with Jeffreys' divergence D_J = KL(v_p||v_q) / 2 + KL(v_q||v_p) / 2 (equations 2-5
+    of the paper). No pair: 0. distances (B, P, h, w) float, labels (B, h, w), prototype_class (P,).
+
+    A cell has one class, so only the K prototypes of that class matter to it: everything below is (B, cells, K),
+    not (B, cells, P), and the gradient at another class's cells is exactly zero. `prototype_class` may stay on the
+    CPU; then a step on a GPU waits for nothing here.
+    """
+    members, is_member = (table.to(distances.device) for table in _members(prototype_class))
+    labels = labels.flatten(1)  # (B, N) cells
+    of_class = labels[..., None] == torch.arange(len(members), device=labels.device)  # (B, N, C)
+    counted = of_class.any(2)  # not ignored, and of a class that has prototypes
+    index = torch.where(counted, labels, 0)
+    own = distances.flatten(2).transpose(1, 2).gather(2, members[index])  # (B, N, K) distance to the own prototypes
+    own = own.masked_fill(~counted[..., None], 0)  # below every distance: changes no maximum, passes no gradient
+    of_class = of_class.to(own.dtype)
+
+    log_v = own - _log_sum_exp(own, of_class, index)
+    v = log_v.exp()
+    first, second = torch.triu_indices(members.shape[1], members.shape[1], 1, device=labels.device)
+    # KL(p||q) + KL(q||p) = sum (p - q)(log p - log q): exact for near-identical distributions.
+    jeffreys = 0.5 * (v[..., first] - v[..., second]) * (log_v[..., first] - log_v[..., second])  # (B, N, pairs)
+    jeffreys = of_class.transpose(1, 2) @ jeffreys  # (B, C, pairs): summed over the cells of each class
+
+    has_pairs = (of_class.sum(1) >= 2)[..., None] & (is_member[:, first] & is_member[:, second])
+    return ((-jeffreys).exp() * has_pairs).sum() / has_pairs.sum().clamp(min=1)
+
+
+def _members(prototype_class: Tensor) -> tuple[Tensor, Tensor]:
+    """The prototypes of each class, (C, K) indices and whether an entry is one (classes may have fewer than K)."""
+    num_classes = int(prototype_class.max()) + 1
+    counts = torch.bincount(prototype_class, minlength=num_classes)
+    order = torch.argsort(prototype_class, stable=True)
+    slots = torch.arange(int(counts.max()), device=prototype_class.device)
+    start = counts.cumsum(0) - counts
+    is_member = slots < counts[:, None]
+    return order[(start[:, None] + slots).clamp(max=len(order) - 1)], is_member
+
+
+def _log_sum_exp(values: Tensor, of_class: Tensor, index: Tensor) -> Tensor:
+    """For each cell, log sum exp of `values` over all cells of its class in its image; (B, N, K) -> (B, N, K)."""
+    gather_index = index[..., None].expand_as(values)
+    shape = (values.shape[0], of_class.shape[2], values.shape[2])
+    highest = values.detach().new_full(shape, -torch.inf)
+    highest = highest.scatter_reduce(1, gather_index, values.detach(), "amax").gather(1, gather_index)
+    sums = of_class.transpose(1, 2) @ (values - highest).exp()  # (B, C, K)
+    # Only classes without a single counted cell have a sum below 1; their logarithm is never used.
+    return highest + sums.clamp(min=1e-30).log().gather(1, gather_index)

@@ -1,0 +1,301 @@
+"""`TrainingModule`: what a phase trains, one training step, validation, and the state that a resume needs.
+
+A parameter group without a learning rate is frozen: it gets no gradient, no optimizer state, and its batch norms
+keep their statistics. Optimizer and freezing come from the same line of the configuration, so they cannot disagree.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm import tqdm
+
+from checkpoint import CheckpointError, load_checkpoint
+from command import stop_flag
+from config import IGNORE, Config, ConfigError, LossWeights, PhaseConfig, UserError, config_from_dict
+from dataset import SegmentationDataset, eval_batches
+from losses import cross_entropy, diversity_loss, l1_loss
+from metrics import ConfusionMatrix
+from model import PPNet, PPNetOutput, SegmentationNet, cell_labels, construct_PPNet, multi_scale_outputs
+
+LOSS_NAMES = ("cross_entropy", "l1", "diversity")
+
+
+class NotFiniteError(UserError):
+    """The loss is NaN or infinite; nothing was saved since."""
+
+    exit_code = 6
+
+
+def group_of(name: str) -> str:
+    """The parameter group of a parameter's name: backbone, add_on, prototypes or last_layer."""
+    if name == "prototype_vectors":
+        return "prototypes"
+    if name.startswith("last_layer."):
+        return "last_layer"
+    return "add_on" if name.startswith(("features.aspp.", "add_on_layers.")) else "backbone"
+
+
+def freeze_and_group(model: nn.Module, phase: PhaseConfig, weight_decay: float, bn_is_frozen: bool) -> list[dict]:
+    """Set `requires_grad` of every parameter for a phase; return the optimizer's parameter groups.
+
+    Weight decay is for backbone and add_on alone. Frozen batch norms of the backbone train in no phase.
+    """
+    frozen_bn = {id(p) for m in model.modules() if bn_is_frozen and isinstance(m, _BatchNorm) for p in m.parameters()}
+    members: dict[str, list[nn.Parameter]] = {group: [] for group in phase.lr.trained}
+    for name, parameter in model.named_parameters():
+        group = group_of(name)
+        trains = group in members and not (group == "backbone" and id(parameter) in frozen_bn)
+        parameter.requires_grad_(trains)
+        if trains:
+            members[group].append(parameter)
+    return [
+        {
+            "params": parameters,
+            "name": group,
+            "lr": phase.lr.trained[group],
+            "base_lr": phase.lr.trained[group],
+            "weight_decay": weight_decay if group in ("backbone", "add_on") else 0.0,
+        }
+        for group, parameters in members.items()
+        if parameters
+    ]
+
+
+def lr_factor(phase: PhaseConfig, step: int, power: float) -> float:
+    """What the learning rates are multiplied with at a step, 0-based: 1, or (1 - step / steps)^power for poly."""
+    return (1 - step / phase.steps) ** power if phase.schedule == "poly" else 1.0
+
+
+class TrainingModule:
+    """A model with the phase that trains it.
+
+    `begin_phase` sets what is trained, `training_step` takes one batch, `take_averages` reads what was measured
+    since it was last called, `state` and `load_state` carry all of it through a file.
+    """
+
+    def __init__(self, config: Config, model: SegmentationNet, device: torch.device):
+        self.config, self.device = config, device
+        self.model = model.to(device, memory_format=torch.channels_last)
+        self.use_bfloat16 = config.system.precision == "bfloat16" or (
+            config.system.precision == "auto" and device.type == "cuda"
+        )
+        self.optimizer: torch.optim.Adam | None = None
+        self.phase_index, self.step = 0, 0
+
+    @property
+    def phase(self) -> PhaseConfig:
+        return self.config.training.phases[self.phase_index]
+
+    def autocast(self) -> torch.autocast:
+        """bfloat16 where the configuration asks for it, else nothing."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.use_bfloat16)
+
+    def begin_phase(self, phase_index: int) -> bool:
+        """Freeze, thaw and make a new optimizer for a phase; False if the model has nothing that the phase trains."""
+        self.phase_index, self.step = phase_index, 0
+        training = self.config.training
+        groups = freeze_and_group(self.model, self.phase, training.weight_decay, self.config.model.bn_is_frozen)
+        self.optimizer = torch.optim.Adam(groups, fused=self.device.type == "cuda") if groups else None
+        self._sums = torch.zeros(len(LOSS_NAMES) + 2, dtype=torch.float64, device=self.device)
+        self._batches = 0
+        self._pending: tuple[int, Tensor] | None = None
+        # On the CPU, where asking for its largest class does not wait for the GPU.
+        self._prototype_class = self.model.prototype_class.cpu() if isinstance(self.model, PPNet) else None
+        self.model.train()
+        return bool(groups)
+
+    def learning_rates(self) -> dict[str, float]:
+        """The learning rate of each trained group at this step."""
+        factor = lr_factor(self.phase, min(self.step, self.phase.steps - 1), self.config.training.poly_power)
+        return {group["name"]: group["base_lr"] * factor for group in self.optimizer.param_groups}
+
+    def training_step(self, images: Tensor, labels: Tensor) -> None:
+        """One batch: images (B, 3, H, W), labels (B, H, W). Every iter_size steps, and at the last, an update.
+
+        Nothing here waits for the GPU. Raises NotFiniteError if the loss of the batch before was not finite.
+        """
+        training = self.config.training
+        # Whatever random numbers a layer draws are then a function of the step, and need no state in checkpoints.
+        torch.manual_seed((training.seed * 1_000_003 + self.phase_index) * 1_000_000_007 + self.step)
+        images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+        labels = labels.to(self.device, non_blocking=True)
+        with self.autocast():
+            outputs = multi_scale_outputs(self.model, images, self.config.model.msc_scales)
+        terms = self.loss_terms(outputs if self.config.model.msc_scales else outputs[:1], labels)
+        total = weighted_sum(terms, training.loss_weights)
+        self.check_finite()
+        self._pending = (self.step, torch.stack([terms[name].detach() for name in LOSS_NAMES]))
+        (total / training.iter_size).backward()
+        self._measure(outputs[-1].logits.detach(), labels)
+        if (self.step + 1) % training.iter_size == 0 or self.step + 1 == self.phase.steps:
+            for group, rate in zip(self.optimizer.param_groups, self.learning_rates().values(), strict=True):
+                group["lr"] = rate
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+
+    def loss_terms(self, outputs: list[PPNetOutput], labels: Tensor) -> dict[str, Tensor]:
+        """The raw losses, each a scalar, averaged over the scales; the twin has cross-entropy alone."""
+        weight = self.config.training.loss_weights
+        terms = {name: torch.zeros((), device=self.device) for name in LOSS_NAMES}
+        for output in outputs:
+            cells = cell_labels(labels, output.logits.shape[2:], self.model.output_stride)
+            terms["cross_entropy"] = terms["cross_entropy"] + cross_entropy(output.logits, cells) / len(outputs)
+            if output.distances is not None and weight.diversity:
+                diversity = diversity_loss(output.distances, cells, self._prototype_class)
+                terms["diversity"] = terms["diversity"] + diversity / sum(o.distances is not None for o in outputs)
+        if isinstance(self.model, PPNet):
+            terms["l1"] = l1_loss(self.model.last_layer.weight, self._prototype_class)
+        return terms
+
+    def _measure(self, logits: Tensor, labels: Tensor) -> None:
+        cells = cell_labels(labels, logits.shape[2:], self.model.output_stride)
+        counts = torch.stack(((logits.argmax(1) == cells).sum(), (cells != IGNORE).sum()))
+        self._sums += torch.cat((self._pending[1], counts)).double()
+        self._batches += 1
+
+    def check_finite(self) -> None:
+        """Raise NotFiniteError, naming every term, if the last loss was NaN or infinite (its step is `error.step`)."""
+        if self._pending is None:
+            return
+        step, values = self._pending
+        self._pending = None
+        terms = dict(zip(LOSS_NAMES, values.tolist(), strict=True))
+        if not all(abs(value) < float("inf") for value in terms.values()):
+            error = NotFiniteError(
+                f"the loss of phase '{self.phase.name}', step {step + 1}, is not finite: "
+                + ", ".join(f"{name} = {value:g}" for name, value in terms.items())
+                + ". No file was changed since the step before; see 'It diverges' in the README"
+            )
+            error.step = step
+            raise error
+
+    def take_averages(self) -> dict[str, float]:
+        """Since the last call: the mean of each raw loss, their weighted total, and the share of right cells."""
+        self.check_finite()
+        *losses, right, cells = self._sums.tolist()
+        averages = {name: value / max(1, self._batches) for name, value in zip(LOSS_NAMES, losses, strict=True)}
+        averages["total"] = weighted_sum(averages, self.config.training.loss_weights)
+        averages["train_accuracy"] = right / max(1.0, cells)
+        self._sums.zero_()
+        self._batches = 0
+        return averages
+
+    @torch.no_grad()
+    def validate(self, dataset: SegmentationDataset, num_workers: int = 0) -> ConfusionMatrix:
+        """The confusion matrix of whole images at native size, in evaluation mode."""
+        self.model.eval()
+        matrix = ConfusionMatrix(dataset.num_classes, self.device)
+        scales = self.config.model.msc_scales
+        for image, label in tqdm(
+            eval_batches(dataset, num_workers), desc="validation", total=len(dataset), unit="image", leave=False
+        ):
+            stop_flag.raise_if_set()
+            image = image.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+            with self.autocast():
+                logits = self.model.predict_multi_scale(image, scales) if scales else self.model.predict(image)
+            matrix.update(logits.argmax(1), label.to(self.device, non_blocking=True))
+        self.model.train()
+        return matrix
+
+    def state(self) -> dict:
+        """Everything that the next step depends on, as plain data. Raises NotFiniteError rather than save NaN."""
+        self.check_finite()
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        broken = [name for name, parameter in trained.items() if not torch.isfinite(parameter).all()]
+        if broken:
+            raise NotFiniteError(
+                f"after step {self.step} of phase '{self.phase.name}' {broken[0]} is not finite; it is not saved."
+                " See 'It diverges' in the README"
+            )
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "gradients": {name: p.grad for name, p in trained.items() if p.grad is not None},
+            "sums": self._sums,
+            "batches": self._batches,
+        }
+
+    def load_state(self, state: dict, step: int) -> None:
+        """Go on where `state` was taken, after `load_weights` and `begin_phase`.
+
+        Raises CheckpointError if anything is missing or does not fit.
+        """
+        missing = {"optimizer", "gradients", "sums", "batches"} - state.keys()
+        if missing:
+            raise CheckpointError(f"this checkpoint cannot be resumed exactly: {', '.join(sorted(missing))} missing")
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            parameters = dict(self.model.named_parameters())
+            for name, gradient in state["gradients"].items():
+                parameters[name].grad = gradient.to(self.device)
+            self._sums.copy_(state["sums"])
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise CheckpointError(f"this checkpoint does not fit the phase '{self.phase.name}': {error}") from None
+        self._batches, self.step = state["batches"], step
+
+
+def weighted_sum(terms: dict, weights: LossWeights):
+    """The total loss of raw terms, tensors or numbers."""
+    return sum(getattr(weights, name) * terms[name] for name in LOSS_NAMES)
+
+
+def load_weights(model: SegmentationNet, state: dict[str, Tensor]) -> None:
+    """Load a model's state dict; a PPNet first takes over the number of prototypes that a push or pruning left.
+
+    Raises CheckpointError, naming what does not fit; then the model is untouched.
+    """
+    wanted = model.state_dict()
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError("these weights do not fit the model: not a state dict (names to tensors)")
+    kept = len(state.get("prototype_class", ())) if isinstance(model, PPNet) else 0
+    sizes = {"prototype_vectors": 0, "prototype_class": 0, "last_layer.weight": 1}
+    problems = [f"{name} is missing" for name in wanted.keys() - state.keys()]
+    problems += [f"{name} is unknown" for name in state.keys() - wanted.keys()]
+    for name in wanted.keys() & state.keys():
+        shape = list(wanted[name].shape)
+        if name in sizes and 0 < kept <= shape[sizes[name]]:
+            shape[sizes[name]] = kept
+        if list(state[name].shape) != shape:
+            problems.append(f"{name} has shape {list(state[name].shape)}, want {shape}")
+        elif state[name].dtype != wanted[name].dtype or not torch.isfinite(state[name]).all():
+            problems.append(f"{name} is not finite {str(wanted[name].dtype).removeprefix('torch.')}")
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(f"these weights do not fit the model: {'; '.join(sorted(problems)[:3])}{more}")
+    if 0 < kept < len(model.prototype_class):
+        model.keep_prototypes(torch.arange(kept))
+    model.load_state_dict(state)
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[SegmentationNet, Config, dict]:
+    """The model of a checkpoint in evaluation mode, its configuration, and all that the file holds.
+
+    Raises CheckpointError.
+    """
+    state = load_checkpoint(path)
+    try:
+        config = config_from_dict(state["config"])
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: its configuration cannot be used: {error}") from None
+    model = construct_PPNet(config.model, load_pretrained=False)
+    try:
+        load_weights(model, state["model"])
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return model.to(device, memory_format=torch.channels_last).eval(), config, state
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA, then Apple's GPU, then the CPU. Raises ConfigError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(name)
+    count = {"cpu": 1, "mps": int(torch.backends.mps.is_available())}.get(device.type, torch.cuda.device_count())
+    if (device.index or 0) >= count:
+        raise ConfigError(f"system.device: there is no {name} here; use auto or cpu")
+    return device
