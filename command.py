@@ -58,6 +58,11 @@ stop_flag = StopFlag()
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """The options `--config FILE` and `--set section.key=value`, the same in every script."""
     parser.add_argument("--config", default="config.yaml", metavar="FILE", help="configuration (default: %(default)s)")
+    add_set_argument(parser)
+
+
+def add_set_argument(parser: argparse.ArgumentParser) -> None:
+    """The option `--set section.key=value` alone, for scripts whose configuration comes out of a checkpoint."""
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
         help="change one value of the configuration, e.g. training.batch_size=4; may be repeated",

@@ -44,20 +44,21 @@ class ShapesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetConfig:
-    name: Literal["cityscapes", "pascal", "camvid", "folder", "shapes"] = "cityscapes"
+    name: str = "cityscapes"  # one of dataset.DATASETS
     root: str = "data/cityscapes"
     train_split: str = "train"
     val_split: str = "val"
     crop_size: int = 513
     scale_range: tuple[float, float] = (0.5, 1.5)
     flip: bool = True
+    cache: Literal["none", "disk"] = "none"
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     num_classes: int = 19
-    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet101"
+    backbone: str = "resnet101"  # one of deeplab_features.BACKBONES
     pretrained: str = "imagenet"
     freeze_bn: bool | Literal["auto"] = "auto"
     head: Literal["prototype", "linear"] = "prototype"
@@ -103,6 +104,7 @@ class PhaseConfig:
     schedule: Literal["constant", "poly"] = "constant"
     push: bool = False
     early_stopping: int = 0
+    sparse: bool = False
 
 
 def _published_phases() -> tuple[PhaseConfig, ...]:
@@ -134,6 +136,7 @@ class SystemConfig:
     device: str = "auto"
     num_workers: int = 4
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    timeout: float = 300.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,8 +169,11 @@ def load_config(path: str | Path = "config.yaml", overrides: list[str] | tuple[s
         raise ConfigError(f"{path}: cannot read this configuration ({reason}); there are: {known}") from None
     raw, lines = parse_yaml(text, str(path))
     config = config_from_dict(raw, lambda key: f"{path}:{lines.get(key, 1)}")
-    if not overrides:
-        return config
+    return override_config(config, overrides) if overrides else config
+
+
+def override_config(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
+    """A configuration with `section.key=value` overrides applied, as in `load_config`. Raises ConfigError."""
     raw = config_to_dict(config)
     for override in overrides:
         _apply(raw, override)
@@ -368,6 +374,7 @@ def _inconsistencies(config: Config) -> typing.Iterator[tuple[str, str]]:
         ("training.loss_weights.l1", training.loss_weights.l1, 0),
         ("training.loss_weights.diversity", training.loss_weights.diversity, 0),
         ("system.num_workers", system.num_workers, 0),
+        ("system.timeout", system.timeout, 1),
     ):
         if value < least:
             yield key, f"want at least {least}, got {value}"
@@ -425,6 +432,9 @@ def _phase_problems(training: TrainingConfig) -> typing.Iterator[tuple[str, str]
             yield f"{key}.steps", f"want at least 1, got {phase.steps}"
         if phase.early_stopping < 0:
             yield f"{key}.early_stopping", "want 0 (never) or a number of validations without a better mIoU"
+        if phase.sparse and (phase.lr.last_layer is None or phase.early_stopping):
+            reason = "early stopping would bring the denser weights back"
+            yield f"{key}.sparse", f"wants a learning rate for last_layer and early_stopping: 0; {reason}"
         if not phase.lr.trained:
             yield f"{key}.lr", f"nothing is trained: give at least one of {', '.join(GROUPS)} a learning rate"
         for group, rate in phase.lr.trained.items():

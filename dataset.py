@@ -22,10 +22,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+import distributed
 import shapes
+from cache import PixelCache
 from command import add_config_arguments, run, stop_flag
 from config import IGNORE, Config, ConfigError, DatasetConfig, UserError, load_config
 
@@ -69,6 +71,7 @@ class SegmentationDataset(Dataset):
         # Arrays of bytes, not lists of paths: Python objects would be copied into every worker as they are counted.
         self._images = np.array([os.fsencode(image) for image, _ in pairs])
         self._labels = np.array([os.fsencode(label or "") for _, label in pairs])
+        self._cache: PixelCache | None = None
 
     def _setup_class_mappings(self) -> ClassMapping:
         """The classes of this data set."""
@@ -100,7 +103,15 @@ class SegmentationDataset(Dataset):
         return Path(os.fsdecode(self._images[index])), Path(label) if label else None
 
     def read(self, index: int) -> tuple[Image.Image, Image.Image]:
-        """An item as decoded: RGB image, and label with classes (mode L). Raises DatasetError naming the file."""
+        """An item at its own size: RGB image, and label with classes (mode L). Raises DatasetError naming the file."""
+        return self._decode(index) if self._cache is None else self._cache[index]
+
+    def keep_decoded(self) -> None:
+        """From now on read from a file of decoded pixels in ROOT/.cache, which is built if it is not there."""
+        files = [self.paths(i) for i in range(len(self))]
+        self._cache = PixelCache(self.root / ".cache", self.split, files, self._decode)
+
+    def _decode(self, index: int) -> tuple[Image.Image, Image.Image]:
         image_path, label_path = self.paths(index)
         image = read_image(image_path)
         if label_path is None:
@@ -278,9 +289,16 @@ DATASETS = {
 }
 
 
+def open_dataset(config: DatasetConfig, split: str) -> SegmentationDataset:
+    """A split of the configured data set. Raises ConfigError for an unknown name, DatasetError if it is not there."""
+    if config.name not in DATASETS:
+        raise ConfigError(f"dataset.name: there is no data set '{config.name}'; known are {', '.join(DATASETS)}")
+    return DATASETS[config.name](config, split)
+
+
 def build_dataset(config: Config, split: str) -> SegmentationDataset:
-    """The configured data set's split, with all its files in place. Raises DatasetError or ConfigError."""
-    dataset = DATASETS[config.dataset.name](config.dataset, split)
+    """What training needs: `open_dataset` with all its files in place and the model's number of classes."""
+    dataset = open_dataset(config.dataset, split)
     if dataset.num_classes != config.model.num_classes:
         count = dataset.num_classes
         raise ConfigError(
@@ -291,6 +309,8 @@ def build_dataset(config: Config, split: str) -> SegmentationDataset:
     if missing:
         more = f"; and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise dataset._missing(f"{len(missing)} files are missing: {', '.join(map(str, missing[:5]))}{more}")
+    if config.dataset.cache == "disk" and not isinstance(dataset, ShapesDataset):
+        dataset.keep_decoded()
     return dataset
 
 
@@ -419,7 +439,8 @@ class TrainingSamples(Dataset):
 class StepSampler:
     """The (epoch, index) keys of each step's batch: one endless stream of shuffled epochs, cut into batches.
 
-    A batch sampler for steps first..last-1. Batch `step` is a function of (seed, phase, step) alone.
+    A batch sampler for steps first..last-1. Batch `step` is a function of (seed, phase, step) alone. Several processes
+    cut the same stream into batches of batch_size x processes, and each takes its part.
     """
 
     def __init__(self, num_images: int, batch_size: int, seed: int, phase: int):
@@ -429,7 +450,8 @@ class StepSampler:
 
     def batch(self, step: int) -> list[tuple[int, int]]:
         """The keys of one step's batch."""
-        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
+        start = (step * distributed.size() + distributed.rank()) * self.batch_size
+        positions = range(start, start + self.batch_size)
         return [(p // self.num_images, int(self._order(p // self.num_images)[p % self.num_images])) for p in positions]
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -454,6 +476,22 @@ def train_batches(samples: TrainingSamples, sampler: StepSampler, num_workers: i
 def eval_batches(dataset: Dataset, num_workers: int) -> Iterator[list[Tensor]]:
     """Whole images one by one, in order: image (1, 3, H, W), label (1, H, W)."""
     return _batches(dataset, num_workers, batch_size=1)
+
+
+def own_images(dataset: SegmentationDataset, num_workers: int, what: str) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Index, image (1, 3, H, W) and label (1, H, W) of every image that is this process's to handle, with a bar.
+
+    One process handles all; under torchrun each takes every size-th. A signal stops it between two images, alone:
+    several processes have to agree first, which they do after the loop.
+    """
+    indices = range(distributed.rank(), len(dataset), distributed.size())
+    batches = eval_batches(Subset(dataset, indices), num_workers)
+    with distributed.progress(total=len(indices), desc=what, unit="image") as bar:
+        for index, (image, label) in zip(indices, batches, strict=True):
+            if distributed.size() == 1:
+                stop_flag.raise_if_set(f"the {what} starts again with: python train.py --resume auto")
+            yield index, image, label
+            bar.update()
 
 
 def _batches(dataset: Dataset, num_workers: int, **how) -> Iterator[list[Tensor]]:
@@ -505,7 +543,9 @@ def check_split(dataset: SegmentationDataset) -> SplitReport:
     faults: list[str] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(lambda i: _check_item(dataset, i), range(len(dataset)))
-        for fault, counts in tqdm(results, total=len(dataset), desc=dataset.split, unit="image", leave=False):
+        for fault, counts in tqdm(
+            results, total=len(dataset), desc=dataset.split, unit="image", leave=False, disable=None
+        ):
             stop_flag.raise_if_set()
             bins += counts
             faults += [fault] if fault else []
@@ -533,7 +573,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     config = load_config(arguments.config, arguments.overrides)
     splits = dict.fromkeys((config.dataset.train_split, config.dataset.val_split))
-    datasets = [DATASETS[config.dataset.name](config.dataset, split) for split in splits]
+    datasets = [open_dataset(config.dataset, split) for split in splits]
     faults = 0
     for dataset in datasets:
         report = check_split(dataset)

@@ -46,6 +46,17 @@ def diversity_loss(distances: Tensor, labels: Tensor, prototype_class: Tensor) -
     not (B, cells, P), and the gradient at another class's cells is exactly zero. `prototype_class` may stay on the
     CPU; then a step on a GPU waits for nothing here.
     """
+    similarity, has_pairs, _ = pair_similarities(distances, labels, prototype_class)
+    return (similarity * has_pairs).sum() / has_pairs.sum().clamp(min=1)
+
+
+def pair_similarities(distances: Tensor, labels: Tensor, prototype_class: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The exp(-D_J) of `diversity_loss`, one for each image, class and pair of the class's prototypes.
+
+    Returns similarity (B, C, pairs) in 0..1; has_pairs (B, C, pairs), whether it counts (the class has both prototypes
+    and at least 2 cells); and pairs (C, pairs, 2), which prototypes they are. C is the largest class of
+    `prototype_class` plus 1.
+    """
     members, is_member = (table.to(distances.device) for table in _members(prototype_class))
     labels = labels.flatten(1)  # (B, N) cells
     of_class = labels[..., None] == torch.arange(len(members), device=labels.device)  # (B, N, C)
@@ -63,7 +74,15 @@ def diversity_loss(distances: Tensor, labels: Tensor, prototype_class: Tensor) -
     jeffreys = of_class.transpose(1, 2) @ jeffreys  # (B, C, pairs): summed over the cells of each class
 
     has_pairs = (of_class.sum(1) >= 2)[..., None] & (is_member[:, first] & is_member[:, second])
-    return ((-jeffreys).exp() * has_pairs).sum() / has_pairs.sum().clamp(min=1)
+    return (-jeffreys).exp(), has_pairs, torch.stack((members[:, first], members[:, second]), dim=2)
+
+
+def counted_pairs(labels: Tensor, prototype_class: Tensor) -> Tensor:
+    """How many terms the mean of `diversity_loss` has: labels (B, h, w), prototype_class (P,) -> scalar int64."""
+    members = torch.bincount(prototype_class)
+    cells = labels.flatten(1)[..., None] == torch.arange(len(members), device=labels.device)
+    pairs = (members * (members - 1) // 2).to(labels.device)
+    return ((cells.sum(1) >= 2) * pairs).sum()
 
 
 def _members(prototype_class: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from config import IGNORE, OUTPUT_STRIDE, ConfigError, ModelConfig
-from deeplab_features import DeepLabFeatures
+from deeplab_features import BACKBONES, DeepLabFeatures
 
 EPSILON = 1e-4  # of the log activation; the largest possible activation is log(1 / EPSILON) = 9.2
 
@@ -165,6 +165,9 @@ class LinearNet(SegmentationNet):
 
 def construct_PPNet(config: ModelConfig, load_pretrained: bool = True) -> PPNet | LinearNet:
     """The network that a configuration asks for. load_pretrained: False where a checkpoint is loaded over it."""
+    if config.backbone not in BACKBONES:
+        known = ", ".join(BACKBONES)
+        raise ConfigError(f"model.backbone: there is no backbone '{config.backbone}'; known are {known}")
     is_linear = config.head == "linear"
     features = DeepLabFeatures(
         config.backbone,

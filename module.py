@@ -6,22 +6,22 @@ keep their statistics. Optimizer and freezing come from the same line of the con
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from tqdm import tqdm
 
+import distributed
 from checkpoint import CheckpointError, load_checkpoint
-from command import stop_flag
-from config import IGNORE, Config, ConfigError, LossWeights, PhaseConfig, UserError, config_from_dict
-from dataset import SegmentationDataset, eval_batches
-from losses import cross_entropy, diversity_loss, l1_loss
+from config import IGNORE, Config, ConfigError, LossWeights, PhaseConfig, UserError, config_from_dict, override_config
+from dataset import SegmentationDataset, own_images
+from losses import counted_pairs, cross_entropy, diversity_loss, l1_loss
 from metrics import ConfusionMatrix
 from model import PPNet, PPNetOutput, SegmentationNet, cell_labels, construct_PPNet, multi_scale_outputs
 
-LOSS_NAMES = ("cross_entropy", "l1", "diversity")
+LOSS_NAMES = tuple(field.name for field in dataclasses.fields(LossWeights))
 
 
 class NotFiniteError(UserError):
@@ -70,6 +70,25 @@ def lr_factor(phase: PhaseConfig, step: int, power: float) -> float:
     return (1 - step / phase.steps) ** power if phase.schedule == "poly" else 1.0
 
 
+@torch.no_grad()
+def soft_threshold(weight: nn.Parameter, prototype_class: Tensor, adam: torch.optim.Adam, strength: float) -> None:
+    """The proximal step of strength * |w| on the connections (C, P) to other classes, after an update by Adam.
+
+    After a plain gradient step every such w moves by lr * strength towards 0 and stops there. Adam divides the
+    gradient by r = sqrt(v) + eps, each weight by its own; the proximal step in that metric (Yun, Lozano & Yang,
+    "Adaptive proximal gradient methods for structured neural networks", NeurIPS 2021) moves it by lr * strength / r.
+    Then w stays 0 exactly where the mean gradient is smaller than `strength`, as for the plain step; with lr * strength
+    alone, 1e-9 as published, it would take half a billion updates from -0.5 to 0.
+    """
+    state = adam.state[weight]
+    group = next(g for g in adam.param_groups if any(p is weight for p in g["params"]))
+    r = (state["exp_avg_sq"] / (1 - group["betas"][1] ** state["step"])).sqrt() + group["eps"]
+    shrunk = weight.sign() * (weight.abs() - group["lr"] * strength / r).clamp(min=0)
+    classes = torch.arange(len(weight), device=prototype_class.device)
+    is_other = (classes[:, None] != prototype_class).to(weight.device)
+    weight.copy_(torch.where(is_other, shrunk, weight))
+
+
 class TrainingModule:
     """A model with the phase that trains it.
 
@@ -85,10 +104,16 @@ class TrainingModule:
         )
         self.optimizer: torch.optim.Adam | None = None
         self.phase_index, self.step = 0, 0
+        self._pending: tuple[int, Tensor] | None = None
 
     @property
     def phase(self) -> PhaseConfig:
         return self.config.training.phases[self.phase_index]
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether this phase sets connections to other classes to exactly zero."""
+        return self.phase.sparse and isinstance(self.model, PPNet)
 
     def autocast(self) -> torch.autocast:
         """bfloat16 where the configuration asks for it, else nothing."""
@@ -102,7 +127,7 @@ class TrainingModule:
         self.optimizer = torch.optim.Adam(groups, fused=self.device.type == "cuda") if groups else None
         self._sums = torch.zeros(len(LOSS_NAMES) + 2, dtype=torch.float64, device=self.device)
         self._batches = 0
-        self._pending: tuple[int, Tensor] | None = None
+        self._pending = None
         # On the CPU, where asking for its largest class does not wait for the GPU.
         self._prototype_class = self.model.prototype_class.cpu() if isinstance(self.model, PPNet) else None
         self.model.train()
@@ -126,7 +151,9 @@ class TrainingModule:
         with self.autocast():
             outputs = multi_scale_outputs(self.model, images, self.config.model.msc_scales)
         terms = self.loss_terms(outputs if self.config.model.msc_scales else outputs[:1], labels)
-        total = weighted_sum(terms, training.loss_weights)
+        weights = training.loss_weights
+        # A sparse phase takes the L1 term out of the gradient: `soft_threshold` applies it after each update.
+        total = weighted_sum(terms, dataclasses.replace(weights, l1=0.0) if self.is_sparse else weights)
         self.check_finite()
         self._pending = (self.step, torch.stack([terms[name].detach() for name in LOSS_NAMES]))
         (total / training.iter_size).backward()
@@ -134,7 +161,10 @@ class TrainingModule:
         if (self.step + 1) % training.iter_size == 0 or self.step + 1 == self.phase.steps:
             for group, rate in zip(self.optimizer.param_groups, self.learning_rates().values(), strict=True):
                 group["lr"] = rate
+            distributed.average_gradients([p for group in self.optimizer.param_groups for p in group["params"]])
             self.optimizer.step()
+            if self.is_sparse:
+                soft_threshold(self.model.last_layer.weight, self._prototype_class, self.optimizer, weights.l1)
             self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
 
@@ -144,10 +174,12 @@ class TrainingModule:
         terms = {name: torch.zeros((), device=self.device) for name in LOSS_NAMES}
         for output in outputs:
             cells = cell_labels(labels, output.logits.shape[2:], self.model.output_stride)
-            terms["cross_entropy"] = terms["cross_entropy"] + cross_entropy(output.logits, cells) / len(outputs)
+            loss = cross_entropy(output.logits, cells) * _share((cells != IGNORE).sum())
+            terms["cross_entropy"] = terms["cross_entropy"] + loss / len(outputs)
             if output.distances is not None and weight.diversity:
-                diversity = diversity_loss(output.distances, cells, self._prototype_class)
-                terms["diversity"] = terms["diversity"] + diversity / sum(o.distances is not None for o in outputs)
+                loss = diversity_loss(output.distances, cells, self._prototype_class)
+                loss = loss * _share(counted_pairs(cells, self._prototype_class))
+                terms["diversity"] = terms["diversity"] + loss / sum(o.distances is not None for o in outputs)
         if isinstance(self.model, PPNet):
             terms["l1"] = l1_loss(self.model.last_layer.weight, self._prototype_class)
         return terms
@@ -177,8 +209,9 @@ class TrainingModule:
     def take_averages(self) -> dict[str, float]:
         """Since the last call: the mean of each raw loss, their weighted total, and the share of right cells."""
         self.check_finite()
-        *losses, right, cells = self._sums.tolist()
-        averages = {name: value / max(1, self._batches) for name, value in zip(LOSS_NAMES, losses, strict=True)}
+        *losses, right, cells = distributed.total(self._sums).tolist()
+        batches = max(1, self._batches * distributed.size())
+        averages = {name: value / batches for name, value in zip(LOSS_NAMES, losses, strict=True)}
         averages["total"] = weighted_sum(averages, self.config.training.loss_weights)
         averages["train_accuracy"] = right / max(1.0, cells)
         self._sums.zero_()
@@ -191,19 +224,20 @@ class TrainingModule:
         self.model.eval()
         matrix = ConfusionMatrix(dataset.num_classes, self.device)
         scales = self.config.model.msc_scales
-        for image, label in tqdm(
-            eval_batches(dataset, num_workers), desc="validation", total=len(dataset), unit="image", leave=False
-        ):
-            stop_flag.raise_if_set()
+        for _, image, label in own_images(dataset, num_workers, "validation"):
             image = image.to(self.device, non_blocking=True, memory_format=torch.channels_last)
             with self.autocast():
                 logits = self.model.predict_multi_scale(image, scales) if scales else self.model.predict(image)
             matrix.update(logits.argmax(1), label.to(self.device, non_blocking=True))
+        distributed.total(matrix.counts)
         self.model.train()
         return matrix
 
     def state(self) -> dict:
-        """Everything that the next step depends on, as plain data. Raises NotFiniteError rather than save NaN."""
+        """Everything that the next step depends on, as plain data. Raises NotFiniteError rather than save NaN.
+
+        Of several processes, all have to call it, after an update.
+        """
         self.check_finite()
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         broken = [name for name, parameter in trained.items() if not torch.isfinite(parameter).all()]
@@ -216,7 +250,7 @@ class TrainingModule:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "gradients": {name: p.grad for name, p in trained.items() if p.grad is not None},
-            "sums": self._sums,
+            "sums": distributed.total(self._sums.clone()) / distributed.size(),
             "batches": self._batches,
         }
 
@@ -242,6 +276,14 @@ class TrainingModule:
 def weighted_sum(terms: dict, weights: LossWeights):
     """The total loss of raw terms, tensors or numbers."""
     return sum(getattr(weights, name) * terms[name] for name in LOSS_NAMES)
+
+
+def _share(count: Tensor) -> Tensor | float:
+    """What a process's mean over `count` terms is multiplied with, so that averaging over the processes gives the
+    mean over all their terms: 1 in a single process."""
+    if distributed.size() == 1:
+        return 1.0
+    return count * distributed.size() / distributed.total(count.clone()).clamp(min=1)
 
 
 def load_weights(model: SegmentationNet, state: dict[str, Tensor]) -> None:
@@ -272,16 +314,19 @@ def load_weights(model: SegmentationNet, state: dict[str, Tensor]) -> None:
     model.load_state_dict(state)
 
 
-def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[SegmentationNet, Config, dict]:
+def load_model(
+    path: str | Path, device: torch.device | str = "cpu", overrides: list[str] | tuple[str, ...] = ()
+) -> tuple[SegmentationNet, Config, dict]:
     """The model of a checkpoint in evaluation mode, its configuration, and all that the file holds.
 
-    Raises CheckpointError.
+    overrides: `section.key=value` changes of that configuration. Raises CheckpointError; ConfigError for overrides.
     """
     state = load_checkpoint(path)
     try:
         config = config_from_dict(state["config"])
     except ConfigError as error:
         raise CheckpointError(f"{path}: its configuration cannot be used: {error}") from None
+    config = override_config(config, overrides)
     model = construct_PPNet(config.model, load_pretrained=False)
     try:
         load_weights(model, state["model"])
@@ -291,9 +336,14 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Se
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA, then Apple's GPU, then the CPU. Raises ConfigError for a device that is not there."""
+    """`auto` is CUDA, then Apple's GPU, then the CPU; under torchrun each process takes its own GPU.
+
+    Raises ConfigError for a device that is not there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and distributed.size() > 1:
+        name = f"cuda:{distributed.local_rank()}"
     device = torch.device(name)
     count = {"cpu": 1, "mps": int(torch.backends.mps.is_available())}.get(device.type, torch.cuda.device_count())
     if (device.index or 0) >= count:

@@ -82,10 +82,57 @@ def sheet(rows: list[list[tuple[Image.Image, str]]], title: str) -> Image.Image:
     return page
 
 
-def slug(name: str) -> str:
-    """A part of a file name made of a name that may hold anything: at most 40 of a-z, 0-9 and -."""
+def explained_figure(image: Image.Image, painted: Image.Image, rows: list[dict]) -> Image.Image:
+    """A photograph above its prediction, and beside them a legend with the prototypes that made each class.
+
+    rows: of each class its `name`, `color`, `share` of the pixels 0..1 and, if any, `prototypes`, each with its number
+    `prototype`, `picture` or None, `share` of the class's cells that it decides, and `at`, the pixel (x, y) of the
+    image where it is the most similar: that is marked with the same number.
+    """
+    scale = 640 / image.width
+    left = [fit(picture, round(scale * image.height)) for picture in (image, painted)]
+    tall, line, wide = left[0].height, 132, 312
+    in_column = max(4, (2 * tall + MARGIN) // line)
+    columns = -(-len(rows) // in_column)
+    height = max(2 * tall + MARGIN, min(len(rows), in_column) * line)
+    page = Image.new("RGB", (640 + columns * (wide + MARGIN), height), "white")
+    for i, picture in enumerate(left):
+        for row in rows:
+            for prototype in row.get("prototypes", ()):
+                _mark(picture, str(prototype["prototype"]), [scale * c for c in prototype["at"]])
+        page.paste(picture, (0, i * (tall + MARGIN)))
+    for i, row in enumerate(rows):
+        corner = (640 + 2 * MARGIN + i // in_column * (wide + MARGIN), i % in_column * line)
+        _figure_row(page, row, corner)
+    return page
+
+
+def _figure_row(page: Image.Image, row: dict, corner: tuple[int, int]) -> None:
+    (x, y), pen, font = corner, ImageDraw.Draw(page), ImageFont.load_default(13)
+    pen.rectangle((x, y + 4, x + 11, y + 15), fill=tuple(row["color"]), outline="black")
+    name = " ".join(row["name"].split())
+    name = name if len(name) <= 32 else name[:31] + "..."
+    pen.text((x + 18, y + 1), f"{name}  {100 * row['share']:.1f} %", fill="black", font=font)
+    for i, prototype in enumerate(row.get("prototypes", ())):
+        left = x + i * 104
+        if prototype["picture"] is not None:
+            page.paste(prototype["picture"].resize((92, 92)), (left, y + 20))
+        caption = f"{prototype['prototype']}: {100 * prototype['share']:.0f} %"
+        pen.text((left, y + 113), caption, fill="black", font=font)
+
+
+def _mark(picture: Image.Image, text: str, at: list[float]) -> None:
+    """A number in a white disc, on the picture in full."""
+    pen, font, radius = ImageDraw.Draw(picture), ImageFont.load_default(11), 10
+    x, y = (min(max(radius, c), length - radius - 1) for c, length in zip(at, picture.size, strict=True))
+    pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill="white", outline="black")
+    pen.text((x, y), text, fill="black", font=font, anchor="mm")
+
+
+def slug(name: str, nameless: str = "class") -> str:
+    """A part of a file name made of a name that may hold anything: at most 40 of a-z, 0-9 and -, or `nameless`."""
     ascii_name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
-    return re.sub(r"[^a-z0-9]+", "-", ascii_name)[:40].strip("-") or "class"
+    return re.sub(r"[^a-z0-9]+", "-", ascii_name)[:40].strip("-") or nameless
 
 
 @torch.no_grad()
@@ -109,7 +156,7 @@ def draw_prototypes(model: SegmentationNet, dataset: SegmentationDataset, record
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     rows: dict[int, list] = {}
-    for record in tqdm(records, desc="prototype pictures", unit="picture", leave=False):
+    for record in tqdm(records, desc="prototype pictures", unit="picture", leave=False, disable=None):
         stop_flag.raise_if_set("the pictures are drawn again with: python train.py --resume auto")
         if record["image"] is None:
             record.update(box=None, picture=None)
@@ -131,15 +178,18 @@ def _prototype_row(model: PPNet, dataset: SegmentationDataset, record: dict) -> 
     record["box"] = patch_box(activation, record["cell"], image.size, model.output_stride)
     height = 160
     return [
-        (fit(image.crop(_around(record["box"], image.size)), height), f"prototype {record['prototype']}"),
+        (fit(image.crop(around(record["box"], image.size)), height), f"prototype {record['prototype']}"),
         (fit(draw_box(image, record["box"]), height), Path(record["image"]).name),
         (fit(draw_box(heat(image, share), record["box"]), height), f"activation, {activation.max():.1f} at most"),
     ]
 
 
-def _around(box: list[int], size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """A square around a box, a little larger and at least 32 pixels wide, inside an image of (width, height)."""
-    side = min(max(32, round(1.25 * max(box[2] - box[0], box[3] - box[1]))), *size)
+def around(box: list[int], size: tuple[int, int], side: int = 0) -> tuple[int, int, int, int]:
+    """A square around a box, inside an image of (width, height).
+
+    side: its width; by default a little more than the box's, and at least 32 pixels.
+    """
+    side = min(side or max(32, round(1.25 * max(box[2] - box[0], box[3] - box[1]))), *size)
     x, y = (
         min(max(0, (low + high - side) // 2), length - side)
         for low, high, length in zip(box[:2], box[2:], size, strict=True)

@@ -12,11 +12,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
-from command import stop_flag
+import distributed
 from config import IGNORE
-from dataset import SegmentationDataset, eval_batches
+from dataset import SegmentationDataset, own_images
 from model import PPNet, cell_labels, pad_to_grid
 
 
@@ -65,9 +64,7 @@ def find_nearest(model: PPNet, dataset: SegmentationDataset, device: torch.devic
         torch.zeros(count, 2, dtype=torch.long, device=device),
         torch.zeros(count, depth, device=device),
     )
-    bar = tqdm(eval_batches(dataset, num_workers), desc="push", total=len(dataset), unit="image", leave=False)
-    for index, (image, label) in enumerate(bar):
-        stop_flag.raise_if_set("the push starts again with: python train.py --resume auto")
+    for index, image, label in own_images(dataset, num_workers, "push"):
         features = model.conv_features(pad_to_grid(image.to(device), 0.0, model.output_stride)).float()
         distances = model.classify(features).distances
         cells = cell_labels(label.to(device), distances.shape[2:], model.output_stride)
@@ -81,7 +78,19 @@ def find_nearest(model: PPNet, dataset: SegmentationDataset, device: torch.devic
             features[0].flatten(1).T[flat],
         )
         best = Nearest(*(torch.where(_like(closer, new), new, old) for new, old in zip(found, best, strict=True)))
-    return best
+    return _nearest_of_all(best)
+
+
+def _nearest_of_all(own: Nearest) -> Nearest:
+    """The nearest of what all processes found; of equal distances the earlier image wins, as in one process."""
+    if distributed.size() == 1:
+        return own
+    found = Nearest(*(distributed.gathered(values) for values in own))
+    last = torch.iinfo(torch.int64).max
+    image = torch.where(found.image < 0, last, found.image)
+    image = torch.where(found.distance == found.distance.amin(0), image, last)
+    winner = image.argmin(0)
+    return Nearest(*(values[winner, torch.arange(len(winner), device=winner.device)] for values in found))
 
 
 class Neighbours(NamedTuple):
@@ -97,6 +106,31 @@ class Neighbours(NamedTuple):
     label: Tensor
 
 
+def no_neighbours(count: int, k: int, device: torch.device) -> Neighbours:
+    """What `count` prototypes have before the first image."""
+    return Neighbours(
+        torch.full((count, k), torch.inf, device=device),
+        torch.full((count, k), -1, device=device),
+        torch.zeros(count, k, 2, dtype=torch.long, device=device),
+        torch.full((count, k), IGNORE, device=device),
+    )
+
+
+def nearer(best: Neighbours, distances: Tensor, cells: Tensor, index: int) -> Neighbours:
+    """The neighbours after one more image: distances (1, P, h, w), cells (1, h, w) labels, index of the image."""
+    distance, flat = distances.masked_fill(cells[:, None] == IGNORE, torch.inf)[0].flatten(1).min(dim=1)
+    width = distances.shape[3]
+    found = Neighbours(
+        distance,
+        torch.where(distance.isinf(), -1, index),
+        torch.stack((flat // width, flat % width), dim=1),
+        cells.flatten()[flat],
+    )
+    both = [torch.cat((old, new[:, None]), dim=1) for old, new in zip(best, found, strict=True)]
+    order = both[0].sort(dim=1, stable=True).indices[:, :-1]  # of equal distances the earlier image wins
+    return Neighbours(*(values[torch.arange(len(order), device=order.device)[:, None], order] for values in both))
+
+
 @torch.no_grad()
 def find_neighbours(
     model: PPNet, dataset: SegmentationDataset, device: torch.device, k: int = 6, num_workers: int = 0
@@ -107,30 +141,23 @@ def find_neighbours(
     (Sacha et al. 2023, section 3.4: k = 6).
     """
     model.eval()
-    count = len(model.prototype_class)
-    best = Neighbours(
-        torch.full((count, k), torch.inf, device=device),
-        torch.full((count, k), -1, device=device),
-        torch.zeros(count, k, 2, dtype=torch.long, device=device),
-        torch.full((count, k), IGNORE, device=device),
-    )
-    bar = tqdm(eval_batches(dataset, num_workers), desc="nearest", total=len(dataset), unit="image", leave=False)
-    for index, (image, label) in enumerate(bar):
-        stop_flag.raise_if_set()
+    best = no_neighbours(len(model.prototype_class), k, device)
+    for index, image, label in own_images(dataset, num_workers, "search"):
         distances = model(pad_to_grid(image.to(device), 0.0, model.output_stride)).distances
         cells = cell_labels(label.to(device), distances.shape[2:], model.output_stride)
-        distance, flat = distances.masked_fill(cells[:, None] == IGNORE, torch.inf)[0].flatten(1).min(dim=1)
-        width = distances.shape[3]
-        found = Neighbours(
-            distance,
-            torch.where(distance.isinf(), -1, index),
-            torch.stack((flat // width, flat % width), dim=1),
-            cells.flatten()[flat],
-        )
-        both = [torch.cat((old, new[:, None]), dim=1) for old, new in zip(best, found, strict=True)]
-        order = both[0].sort(dim=1, stable=True).indices[:, :k]  # of equal distances the earlier image wins
-        best = Neighbours(*(values[torch.arange(count, device=device)[:, None], order] for values in both))
-    return best
+        best = nearer(best, distances, cells, index)
+    return _neighbours_of_all(best)
+
+
+def _neighbours_of_all(own: Neighbours) -> Neighbours:
+    if distributed.size() == 1:
+        return own
+    found = Neighbours(*(torch.cat(list(distributed.gathered(values)), dim=1) for values in own))
+    by_image = found.image.where(found.image >= 0, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
+    rows = torch.arange(len(by_image), device=by_image.device)[:, None]
+    found = Neighbours(*(values[rows, by_image] for values in found))
+    nearest = found.distance.argsort(dim=1, stable=True)[:, : own.distance.shape[1]]
+    return Neighbours(*(values[rows, nearest] for values in found))
 
 
 @torch.no_grad()

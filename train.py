@@ -5,6 +5,7 @@
     python train.py --phase 1                             one phase, from the result of the one before
     python train.py --resume auto                         go on where a run was stopped
     python train.py --set training.batch_size=4           change single values
+    torchrun --nproc_per_node 4 train.py                  four GPUs; see distributed.py
 
 What is written: models/{warmup,joint,push,final}_checkpoint.pth at the phases' ends, last_checkpoint.pth to go on
 from, best_checkpoint.pth; in results/ the resolved config.yaml, metrics.csv, TensorBoard events if `tensorboard` is
@@ -19,6 +20,7 @@ import resource
 import shutil
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,10 +28,12 @@ import torch
 import yaml
 from tqdm import tqdm
 
+import distributed
 from checkpoint import CheckpointError, load_checkpoint, load_last, locked_run, previous, save_checkpoint
 from command import Interrupted, add_config_arguments, run, stop_flag
 from config import GROUPS, Config, ConfigError, config_to_dict, load_config
 from dataset import StepSampler, TrainingSamples, TrainTransform, build_dataset, train_batches
+from distributed import say
 from model import LinearNet, construct_PPNet
 from module import LOSS_NAMES, NotFiniteError, TrainingModule, choose_device, load_weights
 from pictures import draw_prototypes
@@ -115,8 +119,8 @@ class Progress:
 class Run:
     """One call of train.py: the data, the model, the folders, and the stages that lead from one file to the next."""
 
-    def __init__(self, config: Config, prefix: str = "", resume_command: str = "python train.py --resume auto"):
-        self.config, self.prefix, self.resume_command = config, prefix, resume_command
+    def __init__(self, config: Config, prefix: str = "", command: str = "python train.py"):
+        self.config, self.prefix, self.command = config, prefix, command
         self.models, self.results = Path(config.paths.model_dir), Path(config.paths.results_dir)
         self.device = choose_device(config.system.device)
         self.train_set = build_dataset(config, config.dataset.train_split)
@@ -135,15 +139,21 @@ class Run:
             load_weights(model, state["model"])
             self.records = state.get("prototypes", [])
         self.module = TrainingModule(self.config, model, self.device)
-        self._check_disk()
+        if state is not None and state.get("processes", distributed.size()) != distributed.size():
+            say(f"{state['processes']} processes began this run, {distributed.size()} go on: the rest will differ")
+        if distributed.rank() == 0:
+            self._check_disk()
+            self._open_log(state, first)
+
+    def _open_log(self, state: dict | None, first: Stage) -> None:
         self.results.mkdir(parents=True, exist_ok=True)
         resolved = yaml.safe_dump(config_to_dict(self.config), sort_keys=False)
         (self.results / "config.yaml").write_text(resolved, encoding="utf-8")
         self.log = MetricsLog(self.results / f"{self.prefix}metrics.csv")
-        step = state["step"] if state is not None and "optimizer" in state else -1
-        names = [phase.name for phase in self.config.training.phases]
-        if not first.is_push:
-            self.log.rewind(names, names[first.phase], step)
+        phases = self.config.training.phases
+        done = phases[first.phase].steps if first.is_push else -1
+        step = state["step"] if state is not None and "optimizer" in state else done
+        self.log.rewind([phase.name for phase in phases], phases[first.phase].name, step)
 
     def _check_disk(self) -> None:
         size = sum(value.nbytes for value in self.module.model.state_dict().values())
@@ -162,7 +172,7 @@ class Run:
         """Run a training phase to its end, from its start or from the state of a last_checkpoint."""
         module, phase = self.module, self.config.training.phases[stage.phase]
         if not module.begin_phase(stage.phase):
-            print(f"phase {stage.phase} ({phase.name}): the {self.config.model.head} head has nothing that it trains")
+            say(f"phase {stage.phase} ({phase.name}): the {self.config.model.head} head has nothing that it trains")
             return self.finish_stage(stage, self._validate())
         self.progress = Progress(self._best_so_far())
         if resumed is not None:
@@ -174,7 +184,7 @@ class Run:
             self._loop(stage)
         except Interrupted as signal:
             self.save_last(stage)
-            what_next = f"saved {self.path('last')}; go on with: {self.resume_command}"
+            what_next = f"go on with: {self.command} --resume {self.path('last')}"
             raise Interrupted(signal.signum, what_next) from None
         if self.progress.best_weights:
             self.module.model.load_state_dict(self.progress.best_weights, strict=False)
@@ -187,22 +197,34 @@ class Run:
         sampler.first, sampler.last = module.step, module.phase.steps
         samples = TrainingSamples(self.train_set, TrainTransform(self.config.dataset), training.seed, stage.phase)
         batches = train_batches(samples, sampler, self.config.system.num_workers)
-        bar = tqdm(total=module.phase.steps, initial=module.step, desc=module.phase.name, unit="step", leave=False)
+        bar = distributed.progress(total=module.phase.steps, initial=module.step, desc=module.phase.name, unit="step")
         self.clock, self.images = time.monotonic(), 0
         while True:
             self._report(stage, bar)
             if module.step == module.phase.steps or self._is_stale():
                 break
-            if module.step and module.step % training.checkpoint_every == 0:
+            if module.step and module.step % training.checkpoint_every == 0 and self._can_save():
                 self.save_last(stage)
-            stop_flag.raise_if_set()
+            self._stop_if_asked()
             try:
                 module.training_step(*next(batches))
             except NotFiniteError as error:
                 raise self._with_images(error, sampler) from None
-            self.images += training.batch_size
+            self.images += training.batch_size * distributed.size()
             bar.update()
         bar.close()
+
+    def _can_save(self) -> bool:
+        """Several processes have gradients of their own between updates, and one file has no room for all of them."""
+        return distributed.size() == 1 or self.module.step % self.config.training.iter_size == 0
+
+    def _stop_if_asked(self) -> None:
+        """Raise Interrupted if any process was sent a signal: in all of them, at the same step."""
+        agreed = distributed.highest(stop_flag.signum or 0)
+        if agreed:  # never set back: a signal may have come while the others were asked
+            stop_flag.signum = agreed
+        if agreed and self._can_save():
+            stop_flag.raise_if_set()
 
     def _report(self, stage: Stage, bar: tqdm) -> None:
         """Validate and log if it is time, once a step."""
@@ -221,11 +243,15 @@ class Run:
             row |= module.take_averages() | {"images_per_second": self.images / elapsed}
         row["peak_memory_mb"] = _peak_memory(self.device)
         progress.reported = step
-        self.log.write(row, sum(p.steps for p in training.phases[: stage.phase]) + step)
-        bar.set_postfix_str(
-            f"loss {row.get('total', float('nan')):.3f}, val mIoU {progress.val_miou:.3f},"
-            f" {row.get('images_per_second', 0.0):.1f} images/s"
-        )
+        if distributed.rank() == 0:
+            self.log.write(row, sum(p.steps for p in training.phases[: stage.phase]) + step)
+        status = [f"loss {row['total']:.3f}"] if "total" in row else []
+        status += [f"val mIoU {progress.val_miou:.3f}"] if progress.val_miou >= 0 else []
+        status += [f"{row['images_per_second']:.1f} images/s"] if "images_per_second" in row else []
+        status = ", ".join(status)
+        bar.set_postfix_str(status)
+        if bar.disable:  # not a terminal: a line in the log instead of a bar
+            say(f"{module.phase.name} {step:,}/{module.phase.steps:,}: {status}")
         self.clock, self.images = time.monotonic(), 0
 
     def _validate(self) -> float:
@@ -241,8 +267,7 @@ class Run:
                 progress.best_weights = {name: parameter.detach().clone() for name, parameter in trained}
         if progress.val_miou > progress.best_miou:
             progress.best_miou = progress.val_miou
-            self.module.check_finite()
-            save_checkpoint(self.path("best"), self._weights(stage, progress.val_miou))
+            self._save(self.path("best"), self._weights(stage, progress.val_miou))
 
     def _is_stale(self) -> bool:
         patience = self.module.phase.early_stopping
@@ -258,33 +283,39 @@ class Run:
         """Project the prototypes onto training patches, and draw them."""
         started = time.monotonic()
         if isinstance(self.module.model, LinearNet):
-            print("push: the linear head has no prototypes; nothing to do")
+            say("push: the linear head has no prototypes; nothing to do")
             return self.finish_stage(stage, self._validate())
-        print(f"push: searching {len(self.train_set):,} images for the nearest patch of every prototype")
+        say(f"push: searching {len(self.train_set):,} images for the nearest patch of every prototype")
         with self.module.autocast():
             report = push_prototypes(self.module.model, self.train_set, self.device, self.config.system.num_workers)
         self.records = report.records
         for prototype in report.not_found:
             name = self.records[prototype]["class_name"]
-            print(f"push: prototype {prototype}: class '{name}' never occurs in the training data; kept as it is")
+            say(f"push: prototype {prototype}: class '{name}' never occurs in the training data; kept as it is")
         kept, merged = len(self.records), report.merged
-        print(f"push: {kept} prototypes, {merged} duplicates merged, mean distance {report.moved:.4g}")
-        draw_prototypes(self.module.model, self.train_set, self.records, self.results / "prototypes")
+        say(f"push: {kept} prototypes, {merged} duplicates merged, mean distance {report.moved:.4g}")
+        if distributed.rank() == 0:
+            draw_prototypes(self.module.model, self.train_set, self.records, self.results / "prototypes")
         self.finish_stage(stage, self._validate(), time.monotonic() - started)
 
     # --- files -------------------------------------------------------------------------------------------------
 
     def finish_stage(self, stage: Stage, val_miou: float, seconds: float = 0.0) -> None:
         """Write a stage's checkpoint and say so."""
-        self.module.check_finite()
-        save_checkpoint(self.models / stage.file, self._weights(stage, val_miou))
+        self._save(self.models / stage.file, self._weights(stage, val_miou))
         minutes, rest = divmod(round(seconds), 60)
-        print(f"{stage.name}: val mIoU {val_miou:.4f} after {minutes} min {rest} s -> {self.models / stage.file}")
+        say(f"{stage.name}: val mIoU {val_miou:.4f} after {minutes} min {rest} s -> {self.models / stage.file}")
 
     def save_last(self, stage: Stage) -> None:
         """Write last_checkpoint.pth: everything that is needed to go on exactly, its predecessor kept."""
         state = self._weights(stage, self.progress.val_miou) | self.module.state()
-        save_checkpoint(self.path("last"), state | {"progress": dict(vars(self.progress))}, keep_previous=True)
+        state |= {"progress": dict(vars(self.progress)), "processes": distributed.size()}
+        self._save(self.path("last"), state, keep_previous=True)
+
+    def _save(self, path: Path, state: dict, keep_previous: bool = False) -> None:
+        self.module.check_finite()
+        if distributed.rank() == 0:
+            save_checkpoint(path, state, keep_previous)
 
     def _weights(self, stage: Stage, val_miou: float) -> dict:
         return {
@@ -296,6 +327,7 @@ class Run:
             "prototypes": self.records,
             "metrics": {"val_miou": float(val_miou)},
             "class_names": list(self.train_set.mapping.names),
+            "palette": [list(color) for color in self.train_set.mapping.palette],
             "pruned": bool(self.prefix),
         }
 
@@ -308,7 +340,7 @@ class Run:
         trained = ", ".join(f"{name} ({size:,})" for name, size in count.items())
         start = f", from step {self.module.step:,}" if self.module.step else ""
         steps = f"{self.module.phase.steps:,} steps{start}"
-        print(f"phase {stage.phase} ({stage.name}): {steps} on {self.device}, trains {trained}")
+        say(f"phase {stage.phase} ({stage.name}): {steps} on {self.device}, trains {trained}")
 
 
 def _peak_memory(device: torch.device) -> float:
@@ -418,16 +450,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the results of the phases and of later ones")
     arguments = parser.parse_args(argv)
     config = load_config(arguments.config, arguments.overrides)
+    distributed.start(config.system.timeout)
     stages, state, path = choose_stages(config, arguments.phase, arguments.resume, arguments.skip_push)
     if not stages:
-        print(f"{path}: this run is finished; nothing is left to do")
+        say(f"{path}: this run is finished; nothing is left to do")
         return
     again = ["python train.py", f"--config {arguments.config}", *(f"--set {o}" for o in arguments.overrides)]
-    job = Run(config, "pruned_" if state and state.get("pruned") else "", " ".join([*again, "--resume auto"]))
-    with locked_run(job.models):
-        clear_outputs(config, stages, state, arguments.overwrite)
+    again += [] if arguments.phase is None else [f"--phase {arguments.phase}"]
+    job = Run(config, "pruned_" if state and state.get("pruned") else "", " ".join(again))
+    with locked_run(job.models) if distributed.rank() == 0 else nullcontext():
+        if distributed.rank() == 0:
+            clear_outputs(config, stages, state, arguments.overwrite)
+        distributed.wait_for_all()
         if path is not None:
-            print(f"starting from {path}")
+            say(f"starting from {path}")
         job.start(state, stages[0])
         for i, stage in enumerate(stages):
             if stage.is_push:

@@ -1,0 +1,333 @@
+"""Where the time goes: each command measures alternatives side by side in one run and prints their ratios.
+
+    python benchmark.py diversity      the diversity loss against a loop over classes and pairs
+    python benchmark.py push           the patch search in a 1024x2048 image against a loop over its pixels
+    python benchmark.py step           prototype model, its twin, and the backbone alone
+    python benchmark.py phases         a step of each phase of the configuration
+    python benchmark.py loader         a training sample against decoding its files
+    python benchmark.py schedule       hours that the configuration's phases take at the measured rates
+
+Times are medians of interleaved repetitions after a warm-up, on CUDA between device events. `--json FILE` writes
+the same numbers. Nothing is read from a data set: images are random, files are made in a temporary folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor
+
+from command import add_config_arguments, run
+from config import IGNORE, Config, load_config
+from dataset import CityscapesDataset, TrainingSamples, TrainTransform
+from losses import diversity_loss
+from model import SegmentationNet, construct_PPNet
+from module import TrainingModule, choose_device
+from push import nearest_patches
+
+Row = dict[str, float | str]
+
+
+def measure(work: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
+    """Median seconds of each piece of work; one repetition runs all of them, so that drift meets all alike."""
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for repetition in range(repeats + 1):
+        for name, function in work.items():
+            seconds = _seconds(function, device)
+            if repetition:
+                times[name].append(seconds)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _seconds(function: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        started = time.perf_counter()
+        function()
+        return time.perf_counter() - started
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    function()
+    end.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(end) / 1000
+
+
+def compare(work: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> list[Row]:
+    """A row per piece of work: milliseconds, and how many times as long as the first one takes."""
+    seconds = measure(work, device, repeats)
+    base = next(iter(seconds.values()))
+    return [{"what": name, "ms": 1000 * s, "times the first": s / base} for name, s in seconds.items()]
+
+
+# --- diversity -------------------------------------------------------------------------------------------------
+
+
+def naive_diversity(distances: Tensor, labels: Tensor, prototype_class: Tensor) -> Tensor:
+    """The diversity loss as its definition reads: loops over images, classes and pairs."""
+    terms = []
+    for image, cells in zip(distances.flatten(2), labels.flatten(1), strict=True):
+        for class_index in cells.unique():
+            mask = cells == class_index
+            if class_index == IGNORE or mask.sum() < 2:
+                continue
+            log_v = [image[p][mask].log_softmax(0) for p in (prototype_class == class_index).nonzero().flatten()]
+            for i, first in enumerate(log_v):
+                for second in log_v[i + 1 :]:
+                    forward = (first.exp() * (first - second)).sum()
+                    backward = (second.exp() * (second - first)).sum()
+                    terms.append(torch.exp(-(forward + backward) / 2))
+    return torch.stack(terms).mean() if terms else distances.sum() * 0
+
+
+def bench_diversity(config: Config, device: torch.device, repeats: int) -> list[Row]:
+    """Forward and backward at 2 x 65 x 65 cells, 19 classes of 10 prototypes, every class in both images."""
+    generator = torch.Generator().manual_seed(0)
+    distances = torch.rand(2, 190, 65, 65, generator=generator).to(device).requires_grad_()
+    labels = torch.randint(0, 19, (2, 5, 5), generator=generator).repeat_interleave(13, 1).repeat_interleave(13, 2)
+    labels, prototype_class = labels.to(device), torch.arange(190) // 10
+    own_device = prototype_class.to(device)
+    return compare(
+        {
+            "diversity_loss": lambda: diversity_loss(distances, labels, prototype_class).backward(),
+            "loop over pairs": lambda: naive_diversity(distances, labels, own_device).backward(),
+        },
+        device,
+        repeats,
+    )
+
+
+# --- push ------------------------------------------------------------------------------------------------------
+
+
+def naive_push(distances: np.ndarray, labels: np.ndarray, prototype_class: np.ndarray, stride: int = 8) -> np.ndarray:
+    """The nearest own-class cell of each prototype in one image, by a loop over all label pixels."""
+    members = {c: np.flatnonzero(prototype_class == c) for c in np.unique(prototype_class)}
+    best = np.full(len(prototype_class), np.inf)
+    for y in range(labels.shape[0]):
+        for x in range(labels.shape[1]):
+            own = members.get(labels[y, x])
+            if own is not None:
+                best[own] = np.minimum(best[own], distances[own, y // stride, x // stride])
+    return best
+
+
+def bench_push(config: Config, device: torch.device, repeats: int) -> list[Row]:
+    """The search in a 1024x2048 image of 19 classes with 190 prototypes, given the distances; 'ms' is its cost."""
+    generator = torch.Generator().manual_seed(0)
+    distances = torch.rand(1, 190, 129, 257, generator=generator)
+    blocks = torch.randint(0, 19, (1, 16, 32), generator=generator)
+    pixels = blocks.repeat_interleave(64, 1).repeat_interleave(64, 2)
+    cells = torch.nn.functional.pad(pixels, (0, 1, 0, 1), value=IGNORE)[:, ::8, ::8].to(device)
+    prototype_class = torch.arange(190) // 10
+    here, classes = distances.to(device), prototype_class.to(device)
+    arrays = distances[0].numpy(), pixels[0].numpy(), prototype_class.numpy()
+    rows = compare({"nearest_patches": lambda: nearest_patches(here, cells, classes)}, device, max(repeats, 10))
+    started = time.perf_counter()
+    naive_push(*arrays)
+    seconds = time.perf_counter() - started
+    ratio = 1000 * seconds / rows[0]["ms"]
+    return [*rows, {"what": "loop over pixels (once)", "ms": 1000 * seconds, "times the first": ratio}]
+
+
+# --- steps -----------------------------------------------------------------------------------------------------
+
+
+def _batch(config: Config, size: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(config.training.batch_size, 3, size, size, generator=generator)
+    blocks = torch.randint(0, config.model.num_classes, (len(images), 9, 9), generator=generator)
+    labels = torch.nn.functional.interpolate(blocks[:, None].float(), size=(size, size), mode="nearest")[:, 0].long()
+    return images, labels
+
+
+def _random(config: Config, **model) -> Config:
+    """The configuration with random weights but batch norm as it would be, so that nothing is downloaded."""
+    frozen = config.model.bn_is_frozen
+    changed = dataclasses.replace(config.model, pretrained="none", freeze_bn=frozen, **model)
+    return dataclasses.replace(config, model=changed)
+
+
+def _tame(model: SegmentationNet) -> SegmentationNet:
+    """Make a randomly initialized network with frozen statistics finite: each residual branch starts at zero."""
+    for block in model.features.backbone.modules():
+        for name in ("bn3", "bn2"):
+            if hasattr(block, name):
+                torch.nn.init.zeros_(getattr(block, name).weight)
+                break
+    return model
+
+
+def _module(config: Config, device: torch.device, phase: int) -> TrainingModule:
+    torch.manual_seed(0)
+    module = TrainingModule(config, _tame(construct_PPNet(config.model, load_pretrained=False)), device)
+    module.begin_phase(phase)
+    return module
+
+
+def bench_step(config: Config, device: torch.device, repeats: int) -> list[Row]:
+    """Forward and backward of the phase that trains most, prototype model against twin and backbone alone."""
+    phases = config.training.phases
+    phase = max(range(len(phases)), key=lambda i: len(phases[i].lr.trained))
+    images, labels = _batch(config, config.dataset.crop_size)
+    prototype, twin = (_module(_random(config, head=head), device, phase) for head in ("prototype", "linear"))
+    backbone = twin.model.features.backbone
+    on_device = images.to(device, memory_format=torch.channels_last)
+
+    def backbone_alone():
+        with twin.autocast():
+            features = backbone(on_device)
+        features.float().mean().backward()
+        backbone.zero_grad(set_to_none=True)
+
+    rows = compare(
+        {
+            "twin (linear head)": lambda: _step(twin, images, labels),
+            "prototype model": lambda: _step(prototype, images, labels),
+            "backbone alone": backbone_alone,
+        },
+        device,
+        repeats,
+    )
+    return [{**row, "images/s": 1000 * len(images) / row["ms"]} for row in rows]
+
+
+def _step(module: TrainingModule, images: Tensor, labels: Tensor) -> None:
+    module.step = 0  # so that the schedule never ends
+    module.training_step(images, labels)
+
+
+def bench_phases(config: Config, device: torch.device, repeats: int) -> list[Row]:
+    """A training step of each phase; the first row is the phase that trains most."""
+    phases = config.training.phases
+    order = sorted(range(len(phases)), key=lambda i: -len(phases[i].lr.trained))
+    images, labels = _batch(config, config.dataset.crop_size)
+    first = _module(_random(config), device, order[0])
+    modules = {phases[i].name: _same_weights(first, config, device, i) for i in order}
+    work = {name: (lambda m=module: _step(m, images, labels)) for name, module in modules.items()}
+    rows = compare(work, device, repeats)
+    return [{**row, "images/s": 1000 * len(images) / row["ms"]} for row in rows]
+
+
+def _same_weights(first: TrainingModule, config: Config, device: torch.device, phase: int) -> TrainingModule:
+    module = TrainingModule(first.config, copy.deepcopy(first.model), device)
+    module.begin_phase(phase)
+    return module
+
+
+def bench_schedule(config: Config, device: torch.device, repeats: int) -> list[Row]:
+    """Hours of each phase: its steps times the measured time of one; validation, push and loading come on top."""
+    seconds = {row["what"]: row["ms"] / 1000 for row in bench_phases(config, device, repeats)}
+    rows = [
+        {"what": p.name, "ms": 1000 * seconds[p.name], "steps": p.steps, "hours": p.steps * seconds[p.name] / 3600}
+        for p in config.training.phases
+    ]
+    return [*rows, {"what": "all phases, extrapolated", "hours": sum(row["hours"] for row in rows)}]
+
+
+# --- data ------------------------------------------------------------------------------------------------------
+
+
+def bench_loader(config: Config, device: torch.device, repeats: int) -> list[Row]:
+    """A training sample of a 1024x2048 PNG pair in this process, against decoding the two files."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = dataclasses.replace(config.dataset, name="cityscapes", root=folder)
+        _write_pair(Path(folder))
+        samples = TrainingSamples(CityscapesDataset(data, "train"), TrainTransform(config.dataset), 0, 0)
+        image, label = samples.dataset.paths(0)
+        cached = TrainingSamples(CityscapesDataset(data, "train"), TrainTransform(config.dataset), 0, 0)
+        cached.dataset.keep_decoded()
+        epochs = iter(range(10_000))
+        return compare(
+            {
+                "decode both files": lambda: [Image.open(path).load() for path in (image, label)],
+                "training sample": lambda: samples[next(epochs), 0],
+                "training sample from the cache": lambda: cached[next(epochs), 0],
+            },
+            torch.device("cpu"),
+            max(repeats, 20),
+        )
+
+
+def _write_pair(root: Path) -> None:
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (64, 128, 3), dtype=np.uint8)).resize((2048, 1024))
+    noisy = np.asarray(coarse, dtype=np.int16) + rng.integers(-6, 7, (1024, 2048, 3))
+    blocks = rng.integers(7, 34, (16, 32), dtype=np.uint8).repeat(64, 0).repeat(64, 1)
+    for folder, suffix, pixels in (
+        ("leftImg8bit", "leftImg8bit", noisy.clip(0, 255).astype(np.uint8)),
+        ("gtFine", "gtFine_labelIds", blocks),
+    ):
+        path = root / folder / "train" / "a" / f"a_000000_000000_{suffix}.png"
+        path.parent.mkdir(parents=True)
+        Image.fromarray(pixels).save(path)
+
+
+# --- the command -----------------------------------------------------------------------------------------------
+
+COMMANDS = {
+    "diversity": bench_diversity,
+    "push": bench_push,
+    "step": bench_step,
+    "phases": bench_phases,
+    "loader": bench_loader,
+    "schedule": bench_schedule,
+}
+
+
+def machine(device: torch.device) -> str:
+    """Hardware and versions, in a line."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, Python {platform.python_version()}"
+    return f"{device} ({name}{threads}), {versions}"
+
+
+def print_table(rows: list[Row]) -> None:
+    """Rows as an aligned table; all keys of all rows are columns."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [columns, *([_cell(row.get(column, "")) for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    for line in lines:
+        first, *others = (text.rjust(width) for text, width in zip(line, widths, strict=True))
+        print("  ".join([first.strip().ljust(widths[0]), *others]))
+
+
+def _cell(value: float | str) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one command and print its table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("command", choices=COMMANDS)
+    add_config_arguments(parser)
+    parser.add_argument("--repeats", type=int, default=5, help="repetitions after the warm-up (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers there, too")
+    arguments = parser.parse_args(argv)
+    config = load_config(arguments.config, arguments.overrides)
+    device = choose_device(config.system.device)
+    rows = COMMANDS[arguments.command](config, device, arguments.repeats)
+    print(f"{arguments.command}: {COMMANDS[arguments.command].__doc__}\n{machine(device)}")
+    print_table(rows)
+    if arguments.json:
+        result = {"command": arguments.command, "machine": machine(device), "rows": rows}
+        Path(arguments.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,53 @@
+"""The benchmark's naive references are right, so that its ratios compare the same work; every command runs."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import benchmark
+from losses import diversity_loss
+from push import nearest_patches
+
+SMALL = [
+    "--config", "configs/demo.yaml", "--repeats", "1",
+    "--set", "dataset.crop_size=33", "--set", "training.batch_size=1", "--set", "training.iter_size=1",
+]  # fmt: skip
+
+
+def test_naive_diversity_equals_the_loss():
+    generator = torch.Generator().manual_seed(0)
+    distances = torch.rand(2, 6, 5, 5, generator=generator, dtype=torch.float64) * 4
+    labels = torch.randint(0, 4, (2, 5, 5), generator=generator)
+    labels[labels == 3] = 255
+    prototype_class = torch.arange(6) // 2
+    naive = benchmark.naive_diversity(distances, labels, prototype_class)
+    torch.testing.assert_close(naive, diversity_loss(distances, labels, prototype_class))
+
+
+def test_naive_push_equals_the_search():
+    rng = np.random.default_rng(0)
+    distances = rng.random((6, 4, 5), dtype=np.float32)
+    cells = rng.integers(0, 3, (4, 5))
+    prototype_class = np.arange(6) // 2
+    naive = benchmark.naive_push(distances, cells.repeat(8, 0).repeat(8, 1), prototype_class)
+    found, _ = nearest_patches(*map(torch.from_numpy, (distances[None], cells[None], prototype_class)))
+    np.testing.assert_array_equal(naive, found.numpy())
+
+
+@pytest.mark.parametrize("command", ["diversity", "step", "phases", "loader", "schedule"])
+def test_every_command_prints_and_writes_a_table(command, tmp_path, capsys):
+    benchmark.main([command, *SMALL, "--json", str(tmp_path / "out.json")])
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    printed = capsys.readouterr().out
+    assert all(row["what"] in printed for row in rows)
+    assert all(row["ms"] > 0 for row in rows if "ms" in row)
+
+
+def test_step_times_cover_what_each_phase_trains():
+    rows = {
+        row["what"]
+        for row in benchmark.bench_phases(benchmark.load_config(SMALL[1], SMALL[5::2]), torch.device("cpu"), 1)
+    }
+    assert rows == {"warmup", "joint", "finetune"}
