@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+import distributed
 from command import stop_flag
 
 Item = tuple[Image.Image, Image.Image]
@@ -31,6 +32,10 @@ class PixelCache:
         name = f"{split}-{fingerprint(files)}"
         self._pixels_path, sizes_path = folder / f"{name}.pixels", folder / f"{name}.sizes.npy"
         if not sizes_path.is_file():  # it is written last
+            if distributed.size() > 1:
+                raise OSError(
+                    f"{folder}: the cache is not built yet; one process does it: python dataset.py --config FILE"
+                )
             folder.mkdir(parents=True, exist_ok=True)
             for stale in folder.glob(f"{split}-*"):
                 stale.unlink()

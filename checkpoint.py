@@ -13,7 +13,7 @@ import socket
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -21,6 +21,11 @@ import torch
 from config import UserError
 
 FORMAT = 1
+NEEDED = {"config": dict, "phase": int, "step": int, "model": dict}
+OPTIONAL = {
+    "stage": str, "prototypes": list, "metrics": dict, "class_names": list, "palette": list, "optimizer": dict,
+    "gradients": dict, "sums": torch.Tensor, "batches": int, "progress": dict, "processes": int, "pruned": bool,
+}  # fmt: skip
 
 
 class CheckpointError(UserError):
@@ -42,21 +47,22 @@ def save_checkpoint(path: str | Path, state: dict, keep_previous: bool = False) 
     with the path in its message; then the old file is untouched and nothing is left behind.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
     temporary = path.with_name(f".{path.name}.tmp.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
         with open(temporary, "wb") as file:
             torch.save({"format": FORMAT, **state}, file)
             file.flush()
             os.fsync(file.fileno())
         load_tensors(temporary)
         if keep_previous and path.exists():
-            os.replace(path, previous(path))
+            _keep_as_previous(path)
         os.replace(temporary, path)
         _fsync_folder(path.parent)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         cause = _os_error(error)
         if cause is None:
             raise
@@ -81,9 +87,14 @@ def load_checkpoint(path: str | Path) -> dict:
             f"{path}: not a checkpoint of this version of the project (format {found!r}, want {FORMAT});"
             " a state dict from elsewhere goes into model.pretrained"
         )
-    missing = {"config", "phase", "step", "model"} - state.keys()
+    missing = NEEDED.keys() - state.keys()
     if missing:
         raise CheckpointError(f"{path}: incomplete, without {', '.join(sorted(missing))}")
+    kinds = NEEDED | OPTIONAL
+    wrong = [key for key in kinds if key in state and not isinstance(state[key], kinds[key])]
+    if wrong:
+        found, wanted = type(state[wrong[0]]).__name__, kinds[wrong[0]].__name__
+        raise CheckpointError(f"{path}: {wrong[0]} is a {found}, want {wanted}")
     return state
 
 
@@ -103,6 +114,19 @@ def load_last(path: str | Path) -> tuple[dict, Path]:
 def previous(path: Path) -> Path:
     """Where the predecessor of a checkpoint is kept."""
     return path.with_name(f"{path.stem}.prev{path.suffix}")
+
+
+def _keep_as_previous(path: Path) -> None:
+    """Give a file the name of its predecessor as a second one, so that at every moment it is there under its own."""
+    second = path.with_name(f".{path.name}.tmp.{os.getpid()}.prev")
+    try:
+        os.link(path, second)
+        os.replace(second, previous(path))
+    except OSError:  # a file system without second names
+        os.replace(path, previous(path))
+    finally:  # a rename to another name of the same file does nothing
+        with suppress(OSError):
+            second.unlink()
 
 
 def load_tensors(path: str | Path) -> object:
@@ -146,6 +170,7 @@ def locked_run(folder: Path) -> Iterator[None]:
     """Hold a run's model folder: no second process can. A process that died holds nothing. Raises RunInUseError."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+", encoding="utf-8") as file:
+        os.register_at_fork(after_in_child=file.close)  # or the workers of a killed run would hold its folder
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

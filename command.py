@@ -7,6 +7,7 @@ Exit codes: 0 done, 2 bad input, 3 bad or untrusted checkpoint, 4 disk or downlo
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -72,12 +73,61 @@ def add_set_argument(parser: argparse.ArgumentParser) -> None:
 def run(main: Callable[[list[str] | None], None]) -> None:
     """Call a script's main and leave with its exit code: what the user can mend is told in a line, not a traceback."""
     stop_flag.install()
+    for stream in (sys.stdout, sys.stderr):  # a name that a terminal cannot show is no reason to stop
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main(None)
+        return
     except UserError as error:
-        _leave(str(error), error.exit_code)
+        message, code = str(error), error.exit_code
     except OSError as error:  # disk full, no permission, download failed: the machine, not the program
-        _leave(str(error), STORAGE_ERROR)
+        message, code = str(error), STORAGE_ERROR
+    except (MemoryError, RuntimeError) as error:
+        lost = machine_trouble(error)
+        if lost is None:
+            raise
+        message, code = str(lost), STORAGE_ERROR
+    # Only now, when no exception holds a loader of data any more: exit would wait forever for its workers.
+    _leave(message, code)
+
+
+def machine_trouble(error: MemoryError | RuntimeError) -> OSError | None:
+    """What torch says when a machine lets it down, with the remedy; None for any other error.
+
+    torch looks after the workers of a DataLoader by signal: that one was lost is raised wherever the script just is.
+    """
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if any(words in str(error) for words in ("DataLoader", "shared memory", "resize file", "Too many open files")):
+        return OSError(
+            f"a process that loads data was lost ({first_line}). Usual causes: too little memory or"
+            " shared memory (docker: --shm-size=8g), or too few open files (ulimit -n 4096)."
+            " Without such processes: --set system.num_workers=0. What was saved is whole: --resume auto"
+        )
+    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+        return OSError(
+            f"not enough memory ({first_line[:200]}). Smaller: --set training.batch_size=1, or a smaller"
+            " dataset.crop_size. What was saved is whole: --resume auto"
+        )
+    return None
+
+
+def all_at_once(*checks: Callable[[], object]) -> list:
+    """What each of the checks returns; or one error with all that they have to say, and the first one's exit code."""
+    results: list = []
+    errors: list[UserError | OSError] = []
+    for check in checks:
+        try:
+            results.append(check())
+        except Interrupted:
+            raise
+        except (UserError, OSError) as error:
+            errors.append(error)
+    if len(errors) > 1:
+        raise type(errors[0])("\n".join(map(str, errors)))
+    if errors:
+        raise errors[0]
+    return results
 
 
 def _leave(message: str, code: int) -> None:

@@ -22,6 +22,8 @@ import yaml
 
 IGNORE = 255  # the label of a pixel that counts nowhere: not in the losses, not in the metrics, not in the push
 OUTPUT_STRIDE = 8  # pixels from one feature cell to the next
+MAX_CROP = 4097  # pixels
+MOST = {"system.num_workers": 1024, "dataset.shapes.image_size": MAX_CROP, "model.num_classes": IGNORE}
 GROUPS = ("backbone", "add_on", "prototypes", "last_layer")
 
 
@@ -232,7 +234,8 @@ def parse_yaml(text: str, name: str = "config") -> tuple[object, dict[str, int]]
         loader = _Loader(text)
         node = loader.get_single_node()
         return (None if node is None else _plain(loader, node, "", lines)), lines
-    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
+    # A scalar with a wrong tag raises whatever its constructor happens to meet.
+    except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or str(error).split("\n")[0]
@@ -347,6 +350,8 @@ def _describe(kind) -> str:
 
 
 def _shorten(raw: object) -> str:
+    if isinstance(raw, int) and abs(raw) > 1e300:  # Python refuses to write out the largest
+        return "a number of hundreds of digits"
     text = repr(raw) if not isinstance(raw, (dict, list)) else f"a {'section' if isinstance(raw, dict) else 'list'}"
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -376,8 +381,9 @@ def _inconsistencies(config: Config) -> typing.Iterator[tuple[str, str]]:
         ("system.num_workers", system.num_workers, 0),
         ("system.timeout", system.timeout, 1),
     ):
-        if value < least:
-            yield key, f"want at least {least}, got {value}"
+        if not least <= value <= MOST.get(key, 10**9):
+            most = f" and at most {MOST.get(key, 10**9):,}" if value > least else ""
+            yield key, f"want at least {least}{most}, got {_shorten(value)}"
     if model.num_classes > IGNORE:
         yield "model.num_classes", f"labels are 8 bit and {IGNORE} means ignore: want at most {IGNORE}"
     yield from _size_problems(data, model)
@@ -395,6 +401,8 @@ def _size_problems(data: DatasetConfig, model: ModelConfig) -> typing.Iterator[t
         near = max(33, round((data.crop_size - 1) / OUTPUT_STRIDE) * OUTPUT_STRIDE + 1)
         reason = f"so that every {OUTPUT_STRIDE}th pixel is the centre of a feature cell"
         yield "dataset.crop_size", f"want a multiple of {OUTPUT_STRIDE} plus 1 and at least 33, {reason}: {near}"
+    elif data.crop_size > MAX_CROP:
+        yield "dataset.crop_size", f"want at most {MAX_CROP}, got {_shorten(data.crop_size)}"
     low, high = data.scale_range
     if not 0.05 <= low <= high <= 20:
         yield "dataset.scale_range", f"want 0.05 <= low <= high <= 20, got {list(data.scale_range)}"
@@ -406,8 +414,9 @@ def _prototype_problems(model: ModelConfig) -> typing.Iterator[tuple[str, str]]:
     count, depth, *patch = model.prototype_shape
     if patch != [1, 1]:
         yield "model.prototype_shape", f"prototypes are single feature cells: want [P, D, 1, 1], got {patch} at the end"
-    if count < 1 or depth < 1:
-        yield "model.prototype_shape", f"want at least one prototype of depth 1, got {list(model.prototype_shape)}"
+    if not 1 <= count <= 10**6 or not 1 <= depth <= 10**4:
+        reason = "want 1 to a million prototypes of depth 1 to 10,000"
+        yield "model.prototype_shape", f"{reason}, got {_shorten(count)}, {_shorten(depth)}"
     elif count % model.num_classes:
         per_class = max(1, round(count / model.num_classes))
         yield (
@@ -428,8 +437,8 @@ def _phase_problems(training: TrainingConfig) -> typing.Iterator[tuple[str, str]
         if not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", phase.name) or phase.name in taken:
             yield f"{key}.name", f"want a new name in small letters, not {', '.join(sorted(taken))}: {phase.name!r}"
         taken.add(phase.name)
-        if phase.steps < 1:
-            yield f"{key}.steps", f"want at least 1, got {phase.steps}"
+        if not 1 <= phase.steps <= 10**9:
+            yield f"{key}.steps", f"want at least 1 and at most {10**9:,}, got {_shorten(phase.steps)}"
         if phase.early_stopping < 0:
             yield f"{key}.early_stopping", "want 0 (never) or a number of validations without a better mIoU"
         if phase.sparse and (phase.lr.last_layer is None or phase.early_stopping):

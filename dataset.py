@@ -28,7 +28,7 @@ from tqdm import tqdm
 import distributed
 import shapes
 from cache import PixelCache
-from command import add_config_arguments, run, stop_flag
+from command import add_config_arguments, all_at_once, machine_trouble, run, stop_flag
 from config import IGNORE, Config, ConfigError, DatasetConfig, UserError, load_config
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0..1
@@ -108,6 +108,8 @@ class SegmentationDataset(Dataset):
 
     def keep_decoded(self) -> None:
         """From now on read from a file of decoded pixels in ROOT/.cache, which is built if it is not there."""
+        if isinstance(self, ShapesDataset):
+            return
         files = [self.paths(i) for i in range(len(self))]
         self._cache = PixelCache(self.root / ".cache", self.split, files, self._decode)
 
@@ -309,9 +311,14 @@ def build_dataset(config: Config, split: str) -> SegmentationDataset:
     if missing:
         more = f"; and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise dataset._missing(f"{len(missing)} files are missing: {', '.join(map(str, missing[:5]))}{more}")
-    if config.dataset.cache == "disk" and not isinstance(dataset, ShapesDataset):
+    if config.dataset.cache == "disk":
         dataset.keep_decoded()
     return dataset
+
+
+def check_sample(dataset: SegmentationDataset, count: int = 8) -> None:
+    """Read some images with their labels, evenly spread. Raises DatasetError with every fault in them."""
+    all_at_once(*(lambda i=i: dataset.read(i * len(dataset) // count) for i in range(min(count, len(dataset)))))
 
 
 def missing_files(dataset: SegmentationDataset) -> list[Path]:
@@ -489,7 +496,7 @@ def own_images(dataset: SegmentationDataset, num_workers: int, what: str) -> Ite
     with distributed.progress(total=len(indices), desc=what, unit="image") as bar:
         for index, (image, label) in zip(indices, batches, strict=True):
             if distributed.size() == 1:
-                stop_flag.raise_if_set(f"the {what} starts again with: python train.py --resume auto")
+                stop_flag.raise_if_set()
             yield index, image, label
             bar.update()
 
@@ -505,18 +512,19 @@ def _batches(dataset: Dataset, num_workers: int, **how) -> Iterator[list[Tensor]
         generator=torch.Generator(),  # its own, so that making a loader does not move the global one
         **how,
     )
+    batches = None
     try:
-        yield from loader
+        batches = iter(loader)
+        yield from batches
     except DatasetError as error:  # from a worker it comes with that process's traceback; the last line is ours
         raise DatasetError(str(error).strip().splitlines()[-1].removeprefix("dataset.DatasetError: ")) from None
     except RuntimeError as error:
-        if "DataLoader" not in str(error) and "shared memory" not in str(error) and "resize file" not in str(error):
-            raise
-        raise OSError(
-            f"a process that loads data was lost ({str(error).splitlines()[0]}). Usual causes: too little memory or"
-            " shared memory (docker: --shm-size=8g), or too few open files (ulimit -n 4096)."
-            " Without such processes: --set system.num_workers=0"
-        ) from None
+        raise machine_trouble(error) or error from None
+    finally:  # now: left to the garbage collector, torch ends its workers by SIGTERM, and waits; but they ignore it
+        if num_workers and batches is not None:
+            batches._shutdown_workers()
+            for worker in batches._workers:  # one that hangs would never end by itself
+                worker.kill()
 
 
 def _ignore_signals(_worker_id: int) -> None:
@@ -584,6 +592,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"model.num_classes is {config.model.num_classes}, the data set has {datasets[0].num_classes} classes")
     if faults:
         raise DatasetError(f"{config.dataset.name}: {faults} faults; the first epoch would have stopped at one of them")
+    if config.dataset.cache == "disk":
+        for dataset in datasets:
+            dataset.keep_decoded()
     print(f"{config.dataset.name}: no faults. Next: python train.py --config {arguments.config}")
 
 

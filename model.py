@@ -128,12 +128,16 @@ class PPNet(SegmentationNet):
             return -distances
         return torch.log((distances + 1) / (distances + EPSILON))
 
-    def contributions(self, distances: Tensor) -> Tensor:
+    def contributions(self, distances: Tensor, classes: Tensor | None = None) -> Tensor:
         """What each prototype adds to each class's logit: (B, P, h, w) -> (B, C, P, h, w).
+
+        classes (B, h, w): of one class at each cell, -> (B, P, h, w).
 
         Their sum over P is `forward`'s logit at every cell; upsampling is linear, so that what `upsample` makes of
         them sums to `predict`'s logit at every pixel.
         """
+        if classes is not None:
+            return self.last_layer.weight[classes].movedim(-1, 1) * self.activations(distances)
         return self.last_layer.weight[..., None, None] * self.activations(distances)[:, None]
 
     @torch.no_grad()

@@ -25,9 +25,10 @@ LOSS_NAMES = tuple(field.name for field in dataclasses.fields(LossWeights))
 
 
 class NotFiniteError(UserError):
-    """The loss is NaN or infinite; nothing was saved since."""
+    """The loss is NaN or infinite; nothing was saved since. step: which one it was, where that is known."""
 
     exit_code = 6
+    step: int | None = None
 
 
 def group_of(name: str) -> str:
@@ -145,7 +146,7 @@ class TrainingModule:
         """
         training = self.config.training
         # Whatever random numbers a layer draws are then a function of the step, and need no state in checkpoints.
-        torch.manual_seed((training.seed * 1_000_003 + self.phase_index) * 1_000_000_007 + self.step)
+        torch.manual_seed(((training.seed * 1_000_003 + self.phase_index) * 1_000_000_007 + self.step) % 2**63)
         images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
         labels = labels.to(self.device, non_blocking=True)
         with self.autocast():
@@ -206,6 +207,16 @@ class TrainingModule:
             error.step = step
             raise error
 
+    def check_weights(self) -> None:
+        """Raise NotFiniteError if the last loss, or any weight or statistic of the model, is not finite."""
+        self.check_finite()
+        broken = [name for name, value in self.model.state_dict().items() if not torch.isfinite(value).all()]
+        if broken:
+            raise NotFiniteError(
+                f"after step {self.step} of phase '{self.phase.name}' {broken[0]} is not finite; it is not saved."
+                " See 'It diverges' in the README"
+            )
+
     def take_averages(self) -> dict[str, float]:
         """Since the last call: the mean of each raw loss, their weighted total, and the share of right cells."""
         self.check_finite()
@@ -238,14 +249,8 @@ class TrainingModule:
 
         Of several processes, all have to call it, after an update.
         """
-        self.check_finite()
+        self.check_weights()
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        broken = [name for name, parameter in trained.items() if not torch.isfinite(parameter).all()]
-        if broken:
-            raise NotFiniteError(
-                f"after step {self.step} of phase '{self.phase.name}' {broken[0]} is not finite; it is not saved."
-                " See 'It diverges' in the README"
-            )
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -262,13 +267,19 @@ class TrainingModule:
         missing = {"optimizer", "gradients", "sums", "batches"} - state.keys()
         if missing:
             raise CheckpointError(f"this checkpoint cannot be resumed exactly: {', '.join(sorted(missing))} missing")
+        if not 0 <= step <= self.phase.steps:
+            name, steps = self.phase.name, self.phase.steps
+            raise CheckpointError(f"this checkpoint is of step {step}; '{name}' has {steps} steps")
         try:
             self.optimizer.load_state_dict(state["optimizer"])
+            for parameter, moments in self.optimizer.state.items():
+                if any(value.shape not in ((), parameter.shape) for value in moments.values()):
+                    raise ValueError("the optimizer's moments have other shapes")
             parameters = dict(self.model.named_parameters())
             for name, gradient in state["gradients"].items():
                 parameters[name].grad = gradient.to(self.device)
             self._sums.copy_(state["sums"])
-        except (ValueError, KeyError, RuntimeError) as error:
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"this checkpoint does not fit the phase '{self.phase.name}': {error}") from None
         self._batches, self.step = state["batches"], step
 
@@ -326,7 +337,10 @@ def load_model(
         config = config_from_dict(state["config"])
     except ConfigError as error:
         raise CheckpointError(f"{path}: its configuration cannot be used: {error}") from None
-    config = override_config(config, overrides)
+    changed = override_config(config, overrides)
+    if dataclasses.replace(changed.model, msc_scales=config.model.msc_scales) != config.model:
+        raise ConfigError("--set model.*: the model is the checkpoint's; of this section only msc_scales can be set")
+    config = changed
     model = construct_PPNet(config.model, load_pretrained=False)
     try:
         load_weights(model, state["model"])

@@ -42,7 +42,7 @@ def heat(image: Image.Image, values: np.ndarray) -> Image.Image:
     """An image under a heat map: values (H, W) in 0..1 from transparent over red to yellow."""
     values = values.clip(0, 1)
     colors = np.stack((np.ones_like(values), (values * 1.6 - 0.6).clip(0, 1), np.zeros_like(values)), axis=-1)
-    mask = Image.fromarray((values**0.8 * 200).astype(np.uint8))
+    mask = Image.fromarray((values**0.5 * 200).astype(np.uint8))
     return Image.composite(Image.fromarray((colors * 255).astype(np.uint8)), image, mask)
 
 
@@ -157,7 +157,7 @@ def draw_prototypes(model: SegmentationNet, dataset: SegmentationDataset, record
     folder.mkdir(parents=True)
     rows: dict[int, list] = {}
     for record in tqdm(records, desc="prototype pictures", unit="picture", leave=False, disable=None):
-        stop_flag.raise_if_set("the pictures are drawn again with: python train.py --resume auto")
+        stop_flag.raise_if_set()
         if record["image"] is None:
             record.update(box=None, picture=None)
             continue

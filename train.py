@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import resource
+import shlex
 import shutil
 import sys
 import time
@@ -30,9 +32,17 @@ from tqdm import tqdm
 
 import distributed
 from checkpoint import CheckpointError, load_checkpoint, load_last, locked_run, previous, save_checkpoint
-from command import Interrupted, add_config_arguments, run, stop_flag
+from command import Interrupted, add_config_arguments, all_at_once, run, stop_flag
 from config import GROUPS, Config, ConfigError, config_to_dict, load_config
-from dataset import StepSampler, TrainingSamples, TrainTransform, build_dataset, train_batches
+from dataset import (
+    SegmentationDataset,
+    StepSampler,
+    TrainingSamples,
+    TrainTransform,
+    build_dataset,
+    check_sample,
+    train_batches,
+)
 from distributed import say
 from model import LinearNet, construct_PPNet
 from module import LOSS_NAMES, NotFiniteError, TrainingModule, choose_device, load_weights
@@ -82,14 +92,16 @@ class MetricsLog:
         """Drop rows of later phases and of later steps of `phase`: the run goes on from there and writes them anew."""
         rows = []
         if self.path.is_file():
-            with open(self.path, newline="", encoding="utf-8") as file:
-                rows = list(csv.DictReader(file))
+            with open(self.path, newline="", encoding="utf-8", errors="replace") as file:
+                rows = [row for row in csv.DictReader(file) if (row.get("step") or "").isdecimal()]  # no cut-off ones
         earlier = phases[: phases.index(phase)]
         kept = [r for r in rows if r["phase"] in earlier or (r["phase"] == phase and int(r["step"]) <= step)]
-        with open(self.path, "w", newline="", encoding="utf-8") as file:
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.COLUMNS, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(kept)
+        os.replace(temporary, self.path)
 
     def write(self, row: dict, total_step: int) -> None:
         """Add a row (keys are COLUMNS, missing ones stay empty); total_step counts over all phases."""
@@ -115,17 +127,34 @@ class Progress:
         self.stale = 0  # validations without a better mIoU in this phase
         self.best_weights: dict[str, torch.Tensor] = {}  # what this phase trains, at phase_best
 
+    def load(self, state: dict) -> None:
+        """Stand where `state`, a Progress's vars, was taken. Raises CheckpointError if a part is missing."""
+        wrong = [name for name, value in vars(self).items() if type(state.get(name)) is not type(value)]
+        if wrong:
+            raise CheckpointError(f"this checkpoint cannot be resumed exactly: progress without {', '.join(wrong)}")
+        vars(self).update(state)
+
 
 class Run:
     """One call of train.py: the data, the model, the folders, and the stages that lead from one file to the next."""
 
-    def __init__(self, config: Config, prefix: str = "", command: str = "python train.py"):
-        self.config, self.prefix, self.command = config, prefix, command
+    def __init__(self, config: Config, command: str = "python train.py"):
+        self.config, self.command = config, command
+        self.prefix = ""  # of its files: "pruned_" where it goes on from a pruned model
         self.models, self.results = Path(config.paths.model_dir), Path(config.paths.results_dir)
-        self.device = choose_device(config.system.device)
-        self.train_set = build_dataset(config, config.dataset.train_split)
-        self.val_set = build_dataset(config, config.dataset.val_split)
+        self.device, self.train_set, self.val_set, _ = all_at_once(
+            lambda: choose_device(config.system.device),
+            lambda: self._open(config.dataset.train_split),
+            lambda: self._open(config.dataset.val_split),
+            self._check_disk,
+        )
         self.records: list[dict] = []
+        self.resume_from: Path | str = "auto"  # what --resume goes on from, if the run is stopped now
+
+    def _open(self, split: str) -> SegmentationDataset:
+        dataset = build_dataset(self.config, split)
+        check_sample(dataset)
+        return dataset
 
     def path(self, name: str) -> Path:
         """Where one of this run's checkpoints is."""
@@ -139,10 +168,11 @@ class Run:
             load_weights(model, state["model"])
             self.records = state.get("prototypes", [])
         self.module = TrainingModule(self.config, model, self.device)
+        if state is not None:
+            self.module.phase_index, self.module.step = state["phase"], state["step"]
         if state is not None and state.get("processes", distributed.size()) != distributed.size():
             say(f"{state['processes']} processes began this run, {distributed.size()} go on: the rest will differ")
         if distributed.rank() == 0:
-            self._check_disk()
             self._open_log(state, first)
 
     def _open_log(self, state: dict | None, first: Stage) -> None:
@@ -156,10 +186,12 @@ class Run:
         self.log.rewind([phase.name for phase in phases], phases[first.phase].name, step)
 
     def _check_disk(self) -> None:
-        size = sum(value.nbytes for value in self.module.model.state_dict().values())
+        with torch.device("meta"):  # sizes without weights
+            model = construct_PPNet(self.config.model, load_pretrained=False)
+        size = sum(value.nbytes for value in model.state_dict().values())
         needed = size * (6 + 3 * 2)  # six files of weights, and a last checkpoint with gradients, moments, predecessor
-        self.models.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.models).free
+        there = next(folder for folder in (self.models, *self.models.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(there).free
         if free < needed:
             raise OSError(
                 f"{self.models}: the checkpoints of this run need {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free."
@@ -177,15 +209,17 @@ class Run:
         self.progress = Progress(self._best_so_far())
         if resumed is not None:
             module.load_state(resumed, resumed["step"])
-            vars(self.progress).update(resumed["progress"])
+            self.progress.load(resumed.get("progress", {}))
         self._announce(stage)
         started = time.monotonic()
         try:
             self._loop(stage)
-        except Interrupted as signal:
+        except Interrupted:
             self.save_last(stage)
-            what_next = f"go on with: {self.command} --resume {self.path('last')}"
-            raise Interrupted(signal.signum, what_next) from None
+            self.resume_from = self.path("last")
+            raise
+        except NotFiniteError as error:  # of the step before: found by the next, or where its loss is logged or saved
+            raise self._with_images(error, stage) from None
         if self.progress.best_weights:
             self.module.model.load_state_dict(self.progress.best_weights, strict=False)
             self.progress.val_miou = self.progress.phase_best
@@ -206,10 +240,7 @@ class Run:
             if module.step and module.step % training.checkpoint_every == 0 and self._can_save():
                 self.save_last(stage)
             self._stop_if_asked()
-            try:
-                module.training_step(*next(batches))
-            except NotFiniteError as error:
-                raise self._with_images(error, sampler) from None
+            module.training_step(*next(batches))
             self.images += training.batch_size * distributed.size()
             bar.update()
         bar.close()
@@ -239,8 +270,10 @@ class Run:
         if validates:
             row["val_miou"] = progress.val_miou = self._validate()
             self._note_best(stage)
+        if step:  # also where a run was stopped while it validated, and has not taken a step of its own yet
+            row |= module.take_averages()
         if self.images:
-            row |= module.take_averages() | {"images_per_second": self.images / elapsed}
+            row["images_per_second"] = self.images / elapsed
         row["peak_memory_mb"] = _peak_memory(self.device)
         progress.reported = step
         if distributed.rank() == 0:
@@ -273,7 +306,11 @@ class Run:
         patience = self.module.phase.early_stopping
         return 0 < patience <= self.progress.stale
 
-    def _with_images(self, error: NotFiniteError, sampler: StepSampler) -> NotFiniteError:
+    def _with_images(self, error: NotFiniteError, stage: Stage) -> NotFiniteError:
+        if error.step is None:
+            return error
+        training = self.config.training
+        sampler = StepSampler(len(self.train_set), training.batch_size, training.seed, stage.phase)
         names = [self.train_set.image_id(index) for _, index in sampler.batch(error.step)]
         return NotFiniteError(f"{error}. The images of that batch: {', '.join(names)}")
 
@@ -313,7 +350,7 @@ class Run:
         self._save(self.path("last"), state, keep_previous=True)
 
     def _save(self, path: Path, state: dict, keep_previous: bool = False) -> None:
-        self.module.check_finite()
+        self.module.check_weights()
         if distributed.rank() == 0:
             save_checkpoint(path, state, keep_previous)
 
@@ -395,7 +432,7 @@ def choose_stages(
         if position is None:  # the push that is skipped from now on
             position = next(i for i, stage in enumerate(stages) if stage.phase == at.phase)
         going_on = position if "optimizer" in state else position + 1
-        if phase is None:
+        if phase is None or (going_on < len(stages) and stages[going_on].phase == at.phase == phase):
             first = going_on
         elif "optimizer" in state and first != going_on:
             raise ConfigError(f"{path} stands in phase {at.phase}: give --phase {at.phase}, or none")
@@ -414,15 +451,16 @@ def choose_stages(
 
 def _check_same_model(config: Config, state: dict, path: Path) -> None:
     """Raise CheckpointError naming every key of the model section that differs; where weights came from may."""
-    ours, theirs = config_to_dict(config)["model"], state["config"].get("model", {})
+    ours, theirs = config_to_dict(config)["model"], state["config"].get("model")
+    theirs = theirs if isinstance(theirs, dict) else {}
     differing = [k for k in ours if k not in ("pretrained", "freeze_bn", "msc_scales") and ours[k] != theirs.get(k)]
     if differing:
         what = "; ".join(f"model.{k} is {theirs.get(k)!r} there, {ours[k]!r} here" for k in differing)
         raise CheckpointError(f"{path}: made by another model: {what}")
 
 
-def clear_outputs(config: Config, stages: list[Stage], state: dict | None, overwrite: bool) -> None:
-    """Refuse to replace results that are there; with overwrite, remove them and all that was made from them."""
+def outputs_to_replace(config: Config, stages: list[Stage], state: dict | None, overwrite: bool) -> list[Path]:
+    """The results that are there and all that was made from them. Raises ConfigError unless they may be replaced."""
     folder = Path(config.paths.model_dir)
     prefix = "pruned_" if stages[0].file.startswith("pruned_") else ""
     everything = plan(config, prefix=prefix)
@@ -430,14 +468,16 @@ def clear_outputs(config: Config, stages: list[Stage], state: dict | None, overw
     if state is None:
         last = folder / f"{prefix}last_checkpoint.pth"
         later += [last, previous(last), folder / f"{prefix}best_checkpoint.pth"]
+    elif overwrite and "optimizer" not in state:  # of the run that is replaced, maybe further on than the new one
+        last = folder / f"{prefix}last_checkpoint.pth"
+        later += [last, previous(last)]
     there = [path for path in later if path.is_file()]
     if there and not overwrite:
         raise ConfigError(
             f"{there[0]} is there from an earlier run. To go on with that run: --resume auto; to replace it:"
             " --overwrite; to keep both: --set paths.model_dir=FOLDER --set paths.results_dir=FOLDER"
         )
-    for path in there:
-        path.unlink()
+    return there
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -451,25 +491,37 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     config = load_config(arguments.config, arguments.overrides)
     distributed.start(config.system.timeout)
-    stages, state, path = choose_stages(config, arguments.phase, arguments.resume, arguments.skip_push)
+    again = ["--config", arguments.config, *(word for o in arguments.overrides for word in ("--set", o))]
+    again += [] if arguments.phase is None else ["--phase", str(arguments.phase)]
+    (stages, state, path), job = all_at_once(
+        lambda: choose_stages(config, arguments.phase, arguments.resume, arguments.skip_push),
+        lambda: Run(config, f"python train.py {shlex.join(again)}"),
+    )
+    job.prefix = "pruned_" if state and state.get("pruned") else ""
     if not stages:
         say(f"{path}: this run is finished; nothing is left to do")
         return
-    again = ["python train.py", f"--config {arguments.config}", *(f"--set {o}" for o in arguments.overrides)]
-    again += [] if arguments.phase is None else [f"--phase {arguments.phase}"]
-    job = Run(config, "pruned_" if state and state.get("pruned") else "", " ".join(again))
     with locked_run(job.models) if distributed.rank() == 0 else nullcontext():
-        if distributed.rank() == 0:
-            clear_outputs(config, stages, state, arguments.overwrite)
-        distributed.wait_for_all()
+        # Nothing to go on from: what a run left that was killed before its first save may be replaced.
+        overwrite = arguments.overwrite or (arguments.resume == "auto" and state is None)
+        replaced = outputs_to_replace(config, stages, state, overwrite) if distributed.rank() == 0 else []
         if path is not None:
             say(f"starting from {path}")
         job.start(state, stages[0])
+        for old in replaced:
+            old.unlink()
+        distributed.wait_for_all()
+        job.resume_from = path or "auto"
         for i, stage in enumerate(stages):
-            if stage.is_push:
-                job.push_stage(stage)
-            else:
-                job.train_stage(stage, state if i == 0 and state is not None and "optimizer" in state else None)
+            try:
+                if stage.is_push:
+                    job.push_stage(stage)
+                else:
+                    job.train_stage(stage, state if i == 0 and state is not None and "optimizer" in state else None)
+            except Interrupted as signal:
+                what_next = f"go on with: {job.command} --resume {shlex.quote(str(job.resume_from))}"
+                raise Interrupted(signal.signum, what_next) from None
+            job.resume_from = job.models / stage.file
 
 
 if __name__ == "__main__":

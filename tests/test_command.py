@@ -1,0 +1,136 @@
+"""What all scripts share: exit codes, signals; and what every source file promises: quiet imports, no unsafe calls."""
+
+import ast
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import command
+from checkpoint import CheckpointError, RunInUseError
+from command import Interrupted, StopFlag
+from config import ConfigError
+from dataset import DatasetError
+from module import NotFiniteError
+from tests.tiny import ROOT
+
+MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
+SCRIPTS = {"train", "evaluate", "prune", "explain", "benchmark", "example_usage", "download_voc", "download_datasets"}
+MAY_IMPORT = {
+    "config": set(),
+    "distributed": {"config"},
+    "losses": {"config"},
+    "metrics": {"config", "distributed"},
+    "checkpoint": {"config"},
+    "deeplab_features": {"config", "checkpoint"},
+    "dataset": {"config", "command", "shapes", "cache", "distributed"},
+    "model": {"config", "checkpoint", "deeplab_features"},
+}
+
+
+@pytest.fixture
+def no_handlers(monkeypatch):
+    monkeypatch.setattr(command.stop_flag, "install", lambda: None)
+
+
+def leave(error, capsys):
+    """The exit code and the message of a script that ends with an error."""
+
+    def main(argv):
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        command.run(main)
+    return caught.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("this"), 2),
+        (DatasetError("this"), 2),
+        (CheckpointError("this"), 3),
+        (OSError("this"), 4),
+        (RunInUseError("this"), 5),
+        (NotFiniteError("this"), 6),
+    ],
+)
+def test_an_error_is_one_line_and_an_exit_code(no_handlers, capsys, error, code):
+    assert leave(error, capsys) == (code, "error: this\n")
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def test_a_stop_says_by_what_and_what_next(no_handlers, capsys, signum, code):
+    name = signal.Signals(signum).name
+    assert leave(Interrupted(signum, "go on"), capsys) == (code, f"error: stopped by {name}: go on\n")
+
+
+def test_each_problem_has_its_line(no_handlers, capsys):
+    assert leave(ConfigError("one\ntwo"), capsys) == (2, "error: one\nerror: two\n")
+
+
+def test_a_bug_keeps_its_traceback(no_handlers):
+    with pytest.raises(ZeroDivisionError):
+        command.run(lambda argv: 1 / 0)
+
+
+def test_the_flag_remembers_the_first_signal():
+    flag, before = StopFlag(), {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    flag.raise_if_set()
+    try:
+        flag.install()
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    assert flag.signum == signal.SIGUSR1
+    with pytest.raises(Interrupted, match="stopped by SIGUSR1"):
+        flag.raise_if_set()
+
+
+def test_a_second_ctrl_c_leaves_at_once(monkeypatch):
+    flag, left = StopFlag(), []
+    monkeypatch.setattr(os, "_exit", left.append)
+    flag._handle(signal.SIGINT, None)
+    assert left == []
+    flag._handle(signal.SIGINT, None)
+    assert left == [130]
+
+
+# --- the source ------------------------------------------------------------------------------------------------
+
+
+def test_modules_import_in_an_empty_folder_and_do_nothing(tmp_path):
+    code = f"import {', '.join(MODULES)}, os, sys, torch; print(os.listdir(), torch.cuda.is_initialized())"
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "[] False\n")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_source_has_nothing_unsafe(name):
+    source = (ROOT / f"{name}.py").read_text()
+    assert ".cuda(" not in source and "weights_only=False" not in source
+    tree = ast.parse(source)
+    assert not imported(tree) & {"pickle", "cloudpickle", "dill", "joblib", "shelve"}
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        called = ast.unparse(call.func)
+        assert called not in ("eval", "exec", "os.system")
+        if called == "torch.load":
+            assert "weights_only=True" in ast.unparse(call)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_one_way(name):
+    mine = imported(ast.parse((ROOT / f"{name}.py").read_text())) & set(MODULES)
+    assert mine <= MAY_IMPORT.get(name, set(MODULES) - {name}) and not mine & SCRIPTS
+
+
+def imported(tree) -> set[str]:
+    names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return {name.split(".")[0] for name in names}

@@ -1,0 +1,180 @@
+"""The losses against loops in float64, and where their gradients go."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from losses import cross_entropy, diversity_loss, l1_loss
+from tests import make_golden
+
+GOLDEN = dict(np.load(Path(__file__).parent / "data" / "golden.npz"))
+IGNORE = 255
+
+
+def tensor(name, dtype=torch.float32):
+    return torch.from_numpy(GOLDEN[name]).to(dtype)
+
+
+def random_case(seed, prototype_class, classes=3, ignored=0.2, shape=(2, 4, 5), scale=1.0):
+    """distances that ask for a gradient, labels, prototype_class."""
+    rng = np.random.default_rng(seed)
+    shares = [(1 - ignored) / classes] * classes + [ignored]
+    labels = torch.from_numpy(rng.choice([*range(classes), IGNORE], shape, p=shares))
+    distances = torch.from_numpy(rng.uniform(0, scale, (shape[0], len(prototype_class), *shape[1:])))
+    return distances.requires_grad_(), labels, torch.tensor(prototype_class)
+
+
+def assert_diversity_is_that_of_the_loops(distances, labels, prototype_class):
+    expected = make_golden.diversity(distances.detach().numpy(), labels.numpy(), prototype_class.numpy())
+    loss = diversity_loss(distances, labels, prototype_class)
+    np.testing.assert_allclose(loss.item(), expected, rtol=1e-10, atol=1e-300)
+    return loss
+
+
+def test_the_golden_file_is_what_its_script_makes():
+    made = make_golden.make()
+    assert made.keys() == GOLDEN.keys()
+    for name, values in made.items():
+        np.testing.assert_allclose(values, GOLDEN[name], rtol=1e-12, err_msg=name)
+
+
+def test_golden_cross_entropy():
+    loss = cross_entropy(tensor("logits"), tensor("labels", torch.int64))
+    np.testing.assert_allclose(loss.item(), GOLDEN["cross_entropy"], rtol=1e-5)
+
+
+def test_golden_l1():
+    loss = l1_loss(tensor("last_layer"), tensor("prototype_class", torch.int64))
+    np.testing.assert_allclose(loss.item(), GOLDEN["l1"], rtol=1e-5)
+
+
+def test_golden_diversity():
+    loss = diversity_loss(tensor("distances"), tensor("labels", torch.int64), tensor("prototype_class", torch.int64))
+    np.testing.assert_allclose(loss.item(), GOLDEN["diversity"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_diversity_equals_the_loops(seed):
+    assert_diversity_is_that_of_the_loops(*random_case(seed, [0, 0, 0, 1, 1, 1, 2, 2, 2]))
+
+
+@pytest.mark.parametrize(
+    "prototype_class", [[0, 0, 0, 1, 2, 2], [0, 1, 2], [1, 1], [0, 0, 2, 2, 2], [2, 0, 1, 0, 2, 0]]
+)
+def test_diversity_of_a_pruned_set_equals_the_loops(prototype_class):
+    for seed in range(3):
+        assert_diversity_is_that_of_the_loops(*random_case(seed, prototype_class))
+
+
+def test_diversity_at_large_distances_equals_the_loops():
+    assert_diversity_is_that_of_the_loops(*random_case(0, [0, 0, 1, 1, 2, 2], scale=64.0))
+
+
+def test_diversity_of_one_class_alone_equals_the_loops():
+    assert_diversity_is_that_of_the_loops(*random_case(0, [0, 0, 0], classes=1))
+
+
+def test_diversity_gradient_equals_finite_differences():
+    distances, labels, prototype_class = random_case(1, [0, 0, 1, 1, 1, 2], shape=(2, 3, 3), scale=3.0)
+    assert torch.autograd.gradcheck(lambda d: diversity_loss(d, labels, prototype_class), distances)
+
+
+@pytest.mark.parametrize("prototype_class", [[0, 0, 1, 1, 2, 2], [0, 0, 0, 1, 1, 2], [0, 0, 2, 2]])
+def test_diversity_gradient_is_exactly_zero_at_cells_of_other_classes_and_at_ignored_ones(prototype_class):
+    distances, labels, prototype_class = random_case(2, prototype_class)
+    diversity_loss(distances, labels, prototype_class).backward()
+    is_own = labels[:, None] == prototype_class[:, None, None]
+    assert (distances.grad[~is_own] == 0).all()
+    of_class_0 = is_own & (prototype_class == 0)[:, None, None]
+    assert (distances.grad[of_class_0] != 0).all()
+
+
+def test_diversity_of_a_planted_class_moves_that_class_alone():
+    labels = torch.full((1, 4, 4), IGNORE)
+    labels[0, 0, :] = 1
+    distances = torch.rand(1, 6, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    diversity_loss(distances, labels, torch.tensor([0, 0, 1, 1, 2, 2])).backward()
+    assert {tuple(place) for place in distances.grad.nonzero()[:, 1:3].tolist()} == {(2, 0), (3, 0)}
+
+
+def test_diversity_does_not_see_what_ignored_cells_hold():
+    distances, labels, prototype_class = random_case(4, [0, 0, 1, 1, 2, 2])
+    for value in (0.0, 1e4):
+        changed = torch.where((labels == IGNORE)[:, None], value, distances)
+        assert diversity_loss(changed, labels, prototype_class) == diversity_loss(distances, labels, prototype_class)
+
+
+def test_equal_prototypes_have_diversity_one_and_opposite_ones_zero():
+    labels = torch.zeros(1, 1, 4, dtype=torch.int64)
+    same = torch.tensor([1.0, 5.0, 2.0, 0.0]).expand(1, 2, 4).reshape(1, 2, 1, 4)
+    assert diversity_loss(same, labels, torch.tensor([0, 0])).item() == pytest.approx(1.0)
+    opposite = torch.tensor([[60.0, 60, 0, 0], [0, 0, 60, 60]]).reshape(1, 2, 1, 4)
+    assert diversity_loss(opposite, labels, torch.tensor([0, 0])).item() < 1e-12
+
+
+def test_diversity_does_not_depend_on_the_order_of_a_pair():
+    distances, labels, prototype_class = random_case(3, [0, 0, 1, 1, 2, 2])
+    swapped = distances[:, [1, 0, 3, 2, 5, 4]]
+    assert diversity_loss(distances, labels, prototype_class).item() == pytest.approx(
+        diversity_loss(swapped, labels, prototype_class).item(), rel=1e-12
+    )
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        torch.full((1, 3, 3), IGNORE),
+        torch.tensor([[[0, IGNORE, IGNORE]] + [[IGNORE] * 3] * 2]),  # one cell of one class
+        torch.full((1, 3, 3), 2),  # only a class with a single prototype
+        torch.full((1, 3, 3), 3),  # only a class without prototypes
+        torch.full((1, 3, 3), 7),  # and one beyond all that have any
+    ],
+    ids=["all ignored", "one cell", "one prototype", "no prototype", "no prototype, last"],
+)
+def test_diversity_without_a_pair_is_zero_with_zero_gradient(labels):
+    distances = torch.rand(1, 7, 3, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    loss = diversity_loss(distances, labels, torch.tensor([0, 0, 1, 1, 2, 4, 4]))
+    loss.backward()
+    assert loss.item() == 0 and (distances.grad == 0).all()
+
+
+def test_diversity_of_one_prototype_a_class_is_zero():
+    assert_diversity_is_that_of_the_loops(*random_case(0, [0, 1, 2]))
+
+
+def test_cross_entropy_counts_labelled_cells_alone():
+    logits = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = random_case(0, [0])[1][:, :4, :4]
+    expected = make_golden.cross_entropy(logits.numpy(), labels.numpy())
+    assert cross_entropy(logits, labels).item() == pytest.approx(expected, rel=1e-12)
+    assert cross_entropy(logits, labels).item() == pytest.approx(
+        F.cross_entropy(logits, labels, ignore_index=IGNORE).item(), rel=1e-12
+    )
+    changed = logits + 1000 * (labels == IGNORE)[:, None] * torch.arange(3)[:, None, None]
+    assert torch.equal(cross_entropy(changed, labels), cross_entropy(logits, labels))
+
+
+def test_an_all_ignored_batch_has_no_cross_entropy_and_no_gradient():
+    logits = torch.randn(2, 3, 4, 4).requires_grad_()
+    loss = cross_entropy(logits, torch.full((2, 4, 4), IGNORE))
+    loss.backward()
+    assert loss.item() == 0 and (logits.grad == 0).all()
+
+
+def test_cross_entropy_gradient_is_zero_at_ignored_cells():
+    logits = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    labels = random_case(0, [0])[1]
+    cross_entropy(logits, labels).backward()
+    is_ignored = (labels == IGNORE)[:, None].expand_as(logits)
+    assert (logits.grad[is_ignored] == 0).all() and (logits.grad[~is_ignored] != 0).all()
+
+
+def test_l1_leaves_own_connections_alone():
+    weight = torch.tensor([[2.0, -3.0, 0.5], [-1.0, 4.0, 0.25]]).requires_grad_()
+    loss = l1_loss(weight, torch.tensor([0, 1, 1]))
+    loss.backward()
+    assert loss.item() == 3.0 + 0.5 + 1.0
+    assert weight.grad.tolist() == [[0, -1, 1], [-1, 0, 0]]

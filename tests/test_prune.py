@@ -1,0 +1,155 @@
+"""Pruning: which prototypes go, that what stays is untouched, and that the result can be finetuned."""
+
+import json
+
+import pytest
+import torch
+
+import prune
+import train
+from checkpoint import load_checkpoint, save_checkpoint
+from config import ConfigError
+from module import load_model
+from prune import choose_prototypes, renumber
+from push import Neighbours
+from tests.tiny import tiny_ppnet
+
+CLASS_OF = torch.tensor([0, 0, 1, 1, 2, 2])
+
+
+def neighbours(own_counts, distances=(0.0,) * 6, k=6):
+    """Six prototypes of which so many of k nearest patches have the own class."""
+    label = torch.tensor(
+        [[c] * n + [(c + 1) % 3] * (k - n) for c, n in zip(CLASS_OF.tolist(), own_counts, strict=True)]
+    )
+    distance = torch.tensor(distances)[:, None].expand(-1, k)
+    return Neighbours(distance, torch.zeros(6, k), torch.zeros(6, k, 2), label)
+
+
+@pytest.mark.parametrize(
+    ("own_counts", "kept", "spared"),
+    [
+        ([6, 3, 4, 5, 6, 6], [0, 1, 2, 3, 4, 5], []),
+        ([6, 2, 4, 0, 6, 6], [0, 2, 4, 5], []),
+        ([6, 6, 1, 2, 6, 6], [0, 1, 3, 4, 5], [3]),
+        ([6, 6, 0, 0, 6, 2], [0, 1, 3, 4], [3]),  # equal: the nearer one
+    ],
+)
+def test_the_rule(own_counts, kept, spared):
+    found = neighbours(own_counts, (0.0, 0.0, 0.9, 0.1, 0.0, 0.0))
+    indices, last_ones = choose_prototypes(found, CLASS_OF, 3)
+    assert (indices.tolist(), last_ones) == (kept, spared)
+
+
+def test_a_prototype_with_zero_weights_changes_no_logit():
+    model, images = tiny_ppnet(), torch.randn(1, 3, 41, 33)
+    with torch.no_grad():
+        model.last_layer.weight[:, 3] = 0
+        before = model(images).logits
+        model.keep_prototypes(torch.tensor([0, 1, 2, 4, 5]))
+        torch.testing.assert_close(model(images).logits, before)
+    assert model.prototype_class.tolist() == [0, 0, 1, 2, 2]
+
+
+def test_records_are_numbered_anew_and_otherwise_kept():
+    records = [{"prototype": i, "image": f"image {i}", "merged": [i]} for i in range(4)]
+    assert renumber(records, [1, 3]) == [
+        {"prototype": 0, "image": "image 1", "merged": [1]},
+        {"prototype": 1, "image": "image 3", "merged": [3]},
+    ]
+    assert renumber([], [1, 3]) == []  # before a push there are none
+
+
+@pytest.fixture
+def pushed(workdir):
+    """A trained and pushed model, in models/."""
+    for phase in ("0", "1"):
+        train.main(["--config", "tiny.yaml", "--phase", phase])
+    return workdir / "models/push_checkpoint.pth"
+
+
+def rule(k, threshold):
+    return ["--k", str(k), "--threshold", str(threshold)]
+
+
+def test_pruning_nothing_changes_nothing(pushed, workdir):
+    prune.main(["--checkpoint", str(pushed), *rule(2, 0)])
+    before, after = load_checkpoint(pushed), load_checkpoint(workdir / "models/pruned_checkpoint.pth")
+    assert before["model"].keys() == after["model"].keys()
+    for name, value in before["model"].items():
+        assert torch.equal(value, after["model"][name]), name
+    assert before["prototypes"] == after["prototypes"] and len(before["prototypes"]) > 0
+    assert before["metrics"] == after["metrics"]
+    assert (after["pruned"], after["stage"]) == (True, "push")
+
+
+def plant(path, wrong):
+    """Give prototype `wrong` the vector of one of another class: its nearest patches are then of that class."""
+    state = load_checkpoint(path)
+    classes = state["model"]["prototype_class"]
+    other = int((classes != classes[wrong]).nonzero()[0])
+    state["model"]["prototype_vectors"][wrong] = state["model"]["prototype_vectors"][other]
+    save_checkpoint(path, state)
+
+
+def test_what_goes_is_said_and_the_rest_is_finetuned(pushed, workdir, capsys):
+    plant(pushed, 3)
+    before = load_checkpoint(pushed)
+    prune.main(["--checkpoint", str(pushed), *rule(1, 1)])  # a patch of the training data is nearest to itself
+    printed = capsys.readouterr().out
+    after = load_checkpoint(workdir / "models/pruned_checkpoint.pth")
+    kept = [r["prototype"] for r in before["prototypes"]]
+    gone = [int(line.split()[1]) for line in printed.splitlines() if " goes: " in line]
+    assert gone and set(gone) <= set(kept)
+    kept = [p for p in kept if p not in gone]
+    assert f"{len(kept)} of {len(before['prototypes'])} prototypes are left" in printed
+    assert [r["prototype"] for r in after["prototypes"]] == list(range(len(kept)))
+    assert [r["image"] for r in after["prototypes"]] == [before["prototypes"][p]["image"] for p in kept]
+    assert [r["class"] for r in after["prototypes"]] == after["model"]["prototype_class"].tolist()
+    assert torch.equal(after["model"]["prototype_vectors"], before["model"]["prototype_vectors"][kept])
+    assert torch.equal(after["model"]["last_layer.weight"], before["model"]["last_layer.weight"][:, kept])
+
+    train.main(["--config", "tiny.yaml", "--phase", "2", "--resume", "models/pruned_checkpoint.pth"])
+    model, _, final = load_model("models/pruned_final_checkpoint.pth")
+    assert len(model.prototype_class) == len(kept) and final["pruned"]
+    assert not (workdir / "models/final_checkpoint.pth").exists()
+    json.dumps(final["prototypes"])
+
+
+def test_a_class_keeps_its_last_prototype_and_it_is_said(pushed, workdir, capsys):
+    classes = load_checkpoint(pushed)["model"]["prototype_class"]
+    first = (classes == classes[0]).nonzero().flatten().tolist()
+    for p in first:
+        plant(pushed, p)
+    prune.main(["--checkpoint", str(pushed), *rule(1, 1)])
+    assert "stays, as the best of its class" in capsys.readouterr().out
+    after = load_checkpoint(workdir / "models/pruned_checkpoint.pth")
+    assert set(after["model"]["prototype_class"].tolist()) == set(classes.tolist())
+
+
+def test_it_replaces_nothing_unasked(pushed, workdir):
+    command = ["--checkpoint", str(pushed), *rule(2, 1)]
+    prune.main(command)
+    with pytest.raises(ConfigError, match="--overwrite"):
+        prune.main(command)
+    prune.main([*command, "--overwrite"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (rule(6, 3), "there are only 5 training images"),
+        (rule(2, 3), "want 0 <= threshold <= k"),
+        (rule(0, 0), "k >= 1"),
+        (["--set", "dataset.shape.train_images=3"], "dataset.shape"),
+    ],
+)
+def test_bad_command_lines_say_why(pushed, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        prune.main(["--checkpoint", str(pushed), *arguments])
+
+
+def test_the_twin_has_nothing_to_prune(workdir):
+    train.main(["--config", "tiny.yaml", "--phase", "0", "--set", "model.head=linear"])
+    with pytest.raises(ConfigError, match="has no prototypes"):
+        prune.main(["--checkpoint", "models/warmup_checkpoint.pth", *rule(2, 1)])

@@ -1,0 +1,546 @@
+"""The command line of train.py: phases, files, resuming bit by bit, what it refuses, and what it does with NaN."""
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import module
+import train
+from checkpoint import CheckpointError, load_checkpoint, locked_run
+from command import Interrupted, stop_flag
+from config import ConfigError, UserError, config_from_dict, load_config
+from dataset import DatasetError
+from losses import cross_entropy
+from module import NotFiniteError
+from tests import trees
+from tests.tiny import CONFIG, ROOT, tiny_config
+
+STAGES = ("warmup", "joint", "push", "final")
+
+
+def run(*arguments, models="models", results="results", config="tiny.yaml"):
+    paths = ("--set", f"paths.model_dir={models}", "--set", f"paths.results_dir={results}")
+    train.main(["--config", config, *paths, *arguments])
+
+
+def changed(*overrides):
+    return [word for override in overrides for word in ("--set", override)]
+
+
+def weights(name="final", models="models"):
+    return load_checkpoint(Path(models) / f"{name}_checkpoint.pth")["model"]
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def rows(results="results"):
+    with open(Path(results) / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def without_speed(table):
+    return [{k: v for k, v in row.items() if k not in ("images_per_second", "peak_memory_mb")} for row in table]
+
+
+def refused(error, *arguments, **how):
+    """The message of a refusal that wrote nothing."""
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(error) as caught:
+        run(*arguments, **how)
+    assert sorted(Path().rglob("*")) == before
+    return str(caught.value)
+
+
+@pytest.fixture(autouse=True)
+def quick(request, monkeypatch):
+    """No pictures and no TensorBoard, unless a test asks for them: most of a tiny run's time goes there."""
+    if getattr(request, "param", True):
+        monkeypatch.setattr(train, "draw_prototypes", lambda *arguments: None)
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+
+
+# --- a whole run -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quick", [False], indirect=True)
+def test_a_run_leaves_every_file_of_the_design(workdir):
+    run("--set", "training.checkpoint_every=3")
+    for name in (*STAGES, "last", "best"):
+        assert load_checkpoint(f"models/{name}_checkpoint.pth")["model"]
+    assert load_config("results/config.yaml") == tiny_config(
+        "training.checkpoint_every=3", "paths.model_dir=models", "paths.results_dir=results"
+    )
+    assert list(Path("results/tensorboard").glob("events.*"))
+    assert Path("results/prototypes/prototypes.json").is_file() and list(Path("results/prototypes").glob("class_*.png"))
+
+
+def test_what_a_checkpoint_holds(workdir):
+    run("--set", "training.checkpoint_every=2")
+    for name, stage, phase, step in (("warmup", "warmup", 0, 3), ("joint", "joint", 1, 5), ("push", "push", 1, 5)):
+        state = load_checkpoint(f"models/{name}_checkpoint.pth")
+        assert (state["stage"], state["phase"], state["step"]) == (stage, phase, step)
+        assert "optimizer" not in state
+        assert config_from_dict(state["config"]) == load_config("results/config.yaml")
+        assert 0 <= state["metrics"]["val_miou"] <= 1 and state["class_names"][0] == "sky"
+    state = load_checkpoint("models/final_checkpoint.pth")
+    assert [r["prototype"] for r in state["prototypes"]] == list(range(len(state["model"]["prototype_vectors"])))
+    assert state["prototypes"] == load_checkpoint("models/push_checkpoint.pth")["prototypes"]
+    assert load_checkpoint("models/joint_checkpoint.pth")["prototypes"] == []
+    last = load_checkpoint("models/last_checkpoint.pth")
+    assert (last["stage"], last["step"]) == ("finetune", 2) and {"optimizer", "gradients", "progress"} <= last.keys()
+
+
+def test_metrics_have_the_columns_of_the_design_and_a_row_per_logged_step(workdir):
+    run()
+    table = rows()
+    assert list(table[0]) == [
+        "phase", "step", "lr_backbone", "lr_add_on", "lr_prototypes", "lr_last_layer", "total", "cross_entropy", "l1",
+        "diversity", "train_accuracy", "val_miou", "images_per_second", "peak_memory_mb",
+    ]  # fmt: skip
+    found = [(row["phase"], int(row["step"]), bool(row["val_miou"])) for row in table]
+    assert found == [
+        ("warmup", 2, False), ("warmup", 3, True),
+        ("joint", 2, False), ("joint", 3, True), ("joint", 4, False), ("joint", 5, True),
+        ("finetune", 0, True), ("finetune", 2, False), ("finetune", 3, True), ("finetune", 4, True),
+    ]  # fmt: skip
+    for row in table:
+        assert bool(row["lr_backbone"]) == (row["phase"] == "joint") and row["lr_last_layer"]
+        if row["step"] != "0":
+            total = float(row["cross_entropy"]) + 1e-4 * float(row["l1"]) + 0.25 * float(row["diversity"])
+            assert float(row["total"]) == pytest.approx(total, rel=1e-4)
+
+
+def test_the_best_checkpoint_has_the_best_miou(workdir):
+    run()
+    measured = [float(row["val_miou"]) for row in rows() if row["val_miou"]]
+    best = load_checkpoint("models/best_checkpoint.pth")["metrics"]["val_miou"]
+    assert best == pytest.approx(max(measured), rel=1e-5)
+    final = load_checkpoint("models/final_checkpoint.pth")
+    module_of = train.TrainingModule(tiny_config(), train.construct_PPNet(tiny_config().model), torch.device("cpu"))
+    train.load_weights(module_of.model, final["model"])
+    data = train.build_dataset(tiny_config(), "val")
+    assert module_of.validate(data).summary()["miou"] == pytest.approx(final["metrics"]["val_miou"], abs=1e-9)
+
+
+def test_the_push_is_written_and_survives_finetuning(workdir):
+    run()
+    joint, push, final = (weights(name) for name in ("joint", "push", "final"))
+    assert len(push["prototype_vectors"]) <= len(joint["prototype_vectors"])
+    assert not torch.equal(push["prototype_vectors"][0], joint["prototype_vectors"][0])
+    for name, value in push.items():
+        assert torch.equal(final[name], value) == (name != "last_layer.weight"), name
+
+
+def test_skip_push_keeps_the_prototypes(workdir, capsys):
+    run("--skip-push")
+    assert not Path("models/push_checkpoint.pth").exists()
+    assert torch.equal(weights()["prototype_vectors"], weights("joint")["prototype_vectors"])
+    assert load_checkpoint("models/final_checkpoint.pth")["prototypes"] == []
+    assert "push" not in capsys.readouterr().out
+
+
+def test_the_twin_trains_with_the_same_command(workdir, capsys):
+    run("--set", "model.head=linear")
+    out = capsys.readouterr().out
+    assert "push: the linear head has no prototypes; nothing to do" in out
+    assert "phase 2 (finetune): the linear head has nothing that it trains" in out
+    assert_same(weights(), weights("joint"))
+    aspp = "features.aspp.branches.0.weight"
+    assert not torch.equal(weights("joint")[aspp], weights("warmup")[aspp])
+
+
+def test_multi_scale_training_runs(workdir):
+    run("--set", "model.msc_scales=[0.5, 0.75]")
+    assert all(torch.isfinite(value).all() for value in weights().values())
+
+
+def test_the_same_command_gives_the_same_weights(workdir):
+    run(models="a", results="ra")
+    run("--set", "system.num_workers=1", models="b", results="rb")
+    assert_same(weights(models="b"), weights(models="a"))
+    assert without_speed(rows("rb")) == without_speed(rows("ra"))
+    run("--set", "training.seed=1", models="c", results="rc")
+    assert not torch.equal(weights(models="c")["last_layer.weight"], weights(models="a")["last_layer.weight"])
+
+
+def test_early_stopping_ends_with_its_best_weights(workdir, monkeypatch):
+    scores = iter([0.5, 0.2, 0.6, 0.4, 0.3, 0.9])
+    seen = []
+
+    def validate(job):
+        seen.append(job.module.model.last_layer.weight.detach().clone())
+        return next(scores)
+
+    monkeypatch.setattr(train.Run, "_validate", validate)
+    phase = "training.phases=[{name: only, steps: 40, lr: {last_layer: 1e-2}, early_stopping: 2}]"
+    run(*changed(phase, "training.val_every=2", "training.iter_size=1"))
+    final = load_checkpoint("models/final_checkpoint.pth")
+    assert [row["step"] for row in rows() if row["val_miou"]] == ["0", "2", "4", "6", "8"]
+    assert torch.equal(final["model"]["last_layer.weight"], seen[2]) and final["metrics"]["val_miou"] == 0.6
+    assert not torch.equal(seen[2], seen[4]) and final["step"] == 8
+
+
+# --- phase by phase --------------------------------------------------------------------------------------------
+
+
+def test_three_calls_end_where_one_ends(workdir):
+    run(models="one", results="r1")
+    for phase in "012":
+        run("--phase", phase, models="three", results="r3")
+    for name in STAGES:
+        assert_same(weights(name, "three"), weights(name, "one"))
+    assert without_speed(rows("r3")) == without_speed(rows("r1"))
+
+
+def test_three_processes_end_where_one_ends(tmp_path, monkeypatch):
+    """As a user types it, with torchvision's ResNet-18."""
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(CONFIG)
+    short = changed(*(f"training.phases.{i}.steps=2" for i in range(3)), "training.val_every=99")
+    for phase in "012":
+        command = [sys.executable, str(ROOT / "train.py"), "--config", "tiny.yaml", "--phase", phase, *short]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(train, "draw_prototypes", lambda *arguments: None)
+    run(*short, models="one", results="r1")
+    assert_same(weights(), weights(models="one"))
+
+
+@pytest.mark.parametrize("stage", ["warmup", "joint", "push"])
+def test_resume_from_a_phases_end_goes_on_with_the_next(workdir, capsys, stage):
+    run(models="one")
+    capsys.readouterr()
+    Path("two").mkdir()
+    shutil.copy(f"one/{stage}_checkpoint.pth", "two")
+    run("--resume", f"two/{stage}_checkpoint.pth", models="two", results="r2")
+    out = capsys.readouterr().out
+    assert ("phase 0" in out, "phase 1" in out, "searching" in out) == (False, stage == "warmup", stage != "push")
+    assert_same(weights(models="two"), weights(models="one"))
+
+
+def test_phase_with_resume_starts_from_that_checkpoint(workdir):
+    run("--phase", "0", models="one")
+    run("--phase", "1", "--resume", "one/warmup_checkpoint.pth", models="two", results="r2")
+    run("--phase", "1", models="one")
+    assert_same(weights("push", "two"), weights("push", "one"))
+
+
+# --- resuming --------------------------------------------------------------------------------------------------
+
+CUTS = changed(
+    "training.checkpoint_every=1", "training.val_every=1", "training.log_every=1", "training.phases.2.early_stopping=2"
+)
+SCORES = {"warmup": (0, 0.1, 0.1, 0.2), "joint": (0, 0.3, 0.4, 0.3, 0.2, 0.3), "finetune": (0.5, 0.9, 0.3, 0.4, 1.0)}
+
+
+@pytest.fixture
+def every_cut(workdir, monkeypatch):
+    """A whole run in models/ and results/; cuts/N holds both folders as they were when last_checkpoint was saved.
+
+    Its val mIoU rises and falls as SCORES say, and stops finetuning early, with weights of some steps before.
+    """
+    monkeypatch.setattr(train.Run, "_validate", lambda job: SCORES[job.module.phase.name][job.module.step])
+    real_save = train.save_checkpoint
+
+    def save_and_copy(path, *arguments, **how):
+        real_save(path, *arguments, **how)
+        if Path(path).name == "last_checkpoint.pth":
+            cut = Path("cuts") / f"{len(list(Path('cuts').glob('*'))):02d}"
+            shutil.copytree("models", cut / "models")
+            shutil.copytree("results", cut / "results")
+
+    Path("cuts").mkdir()
+    monkeypatch.setattr(train, "save_checkpoint", save_and_copy)
+    run(*CUTS)
+    monkeypatch.setattr(train, "save_checkpoint", real_save)
+    return sorted(Path("cuts").iterdir())
+
+
+def test_a_run_resumed_at_any_step_of_any_phase_ends_bit_equal(every_cut):
+    assert len(every_cut) == (3 - 1) + (5 - 1) + (3 - 1)
+    assert load_checkpoint("models/final_checkpoint.pth")["metrics"]["val_miou"] == 0.9
+    for cut in every_cut:
+        run(*CUTS, "--resume", "auto", models=cut / "models", results=cut / "results")
+        for name in (*STAGES, "best"):
+            whole = load_checkpoint(f"models/{name}_checkpoint.pth")
+            again = load_checkpoint(cut / "models" / f"{name}_checkpoint.pth")
+            assert_same(again["model"], whole["model"])
+            assert {k: again[k] for k in ("stage", "step", "metrics", "prototypes")} == {
+                k: whole[k] for k in ("stage", "step", "metrics", "prototypes")
+            }
+        assert without_speed(rows(cut / "results")) == without_speed(rows())
+
+
+@pytest.mark.parametrize(
+    ("steps", "log_every"), [(1, 1), (4, 3), (6, 4), (9, 2)], ids=["warmup", "joint", "between updates", "finetune"]
+)
+def test_a_signal_stops_at_a_step_and_resume_goes_on_to_the_same_end(workdir, monkeypatch, steps, log_every):
+    how = changed(f"training.log_every={log_every}")
+    run(*how, models="one", results="r1")
+    real_step, taken = module.TrainingModule.training_step, []
+
+    def step_then_stop(trainer, *batch):
+        real_step(trainer, *batch)
+        taken.append(1)
+        if len(taken) == steps:
+            monkeypatch.setattr(stop_flag, "signum", signal.SIGTERM)
+
+    monkeypatch.setattr(module.TrainingModule, "training_step", step_then_stop)
+    with pytest.raises(Interrupted, match="SIGTERM: go on with: .* --resume models/last_checkpoint.pth") as e:
+        run(*how)
+    assert e.value.exit_code == 143
+    monkeypatch.setattr(stop_flag, "signum", None)
+    run(*how, "--resume", "auto")
+    assert len(taken) == 12
+    assert_same(weights(), weights(models="one"))
+    assert without_speed(rows()) == without_speed(rows("r1"))
+
+
+def test_auto_takes_the_newest(workdir, every_cut, capsys):
+    folder = every_cut[-1] / "models"  # in the middle of finetuning
+    for expected in ("last", "push", "joint", "warmup"):
+        capsys.readouterr()
+        stages = train.plan(tiny_config())
+        assert train.newest(tiny_config(f"paths.model_dir={folder}"), stages) == folder / f"{expected}_checkpoint.pth"
+        (folder / f"{expected}_checkpoint.pth").unlink()
+        (folder / "last_checkpoint.prev.pth").unlink(missing_ok=True)
+    assert train.newest(tiny_config(f"paths.model_dir={folder}"), stages) is None
+
+
+def test_auto_prefers_a_phases_end_to_a_step_of_that_phase(workdir):
+    run("--phase", "0", *changed("training.checkpoint_every=1"))
+    assert load_checkpoint("models/last_checkpoint.pth")["stage"] == "warmup"
+    assert train.newest(tiny_config(), train.plan(tiny_config())) == Path("models/warmup_checkpoint.pth")
+
+
+def test_auto_without_anything_starts_at_the_beginning(workdir):
+    run("--resume", "auto")
+    run(models="one", results="r1")
+    assert_same(weights(), weights(models="one"))
+
+
+def test_auto_on_a_finished_run_has_nothing_to_do(workdir, capsys):
+    run()
+    before = {path: path.stat().st_mtime_ns for path in Path("models").iterdir()}
+    run("--resume", "auto")
+    assert "this run is finished; nothing is left to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in Path("models").iterdir()} == before
+
+
+def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(every_cut):
+    cut = every_cut[4]
+    last = cut / "models" / "last_checkpoint.pth"
+    last.write_bytes(last.read_bytes()[:1000])
+    with pytest.warns(UserWarning, match="going back to the one before"):
+        run(*CUTS, "--resume", "auto", models=cut / "models", results=cut / "results")
+    assert_same(weights(models=cut / "models"), weights())
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_key(workdir):
+    run("--phase", "0")
+    message = refused(CheckpointError, "--phase", "1", "--set", "model.add_on_layers_type=bottleneck")
+    assert "warmup_checkpoint.pth: made by another model: model.add_on_layers_type is 'deeplab_simple' there" in message
+
+
+def test_rows_of_steps_that_are_taken_again_are_dropped(workdir):
+    log = train.MetricsLog(Path("metrics.csv"))
+    log.rewind(["a", "b", "c"], "a", -1)
+    for phase, step in (("a", 1), ("a", 2), ("b", 1), ("b", 2), ("b", 3), ("c", 1)):
+        log.write({"phase": phase, "step": step, "total": 0.1234567}, 0)
+    log.rewind(["a", "b", "c"], "b", 2)
+    with open("metrics.csv", newline="") as file:
+        kept = list(csv.DictReader(file))
+    assert [(r["phase"], r["step"]) for r in kept] == [("a", "1"), ("a", "2"), ("b", "1"), ("b", "2")]
+    assert kept[0]["total"] == "0.123457"
+
+
+# --- refusals --------------------------------------------------------------------------------------------------
+
+
+def test_a_phase_without_its_start_names_the_file_and_the_command(workdir):
+    message = refused(ConfigError, "--phase", "1")
+    assert message == (
+        "--phase 1 starts from models/warmup_checkpoint.pth, which is not there."
+        " It is made by: python train.py --phase 0"
+    )
+    assert "models/push_checkpoint.pth" in refused(ConfigError, "--phase", "2")
+    assert "models/joint_checkpoint.pth" in refused(ConfigError, "--phase", "2", "--skip-push")
+    assert refused(ConfigError, "--phase", "3") == "--phase 3: there are phases 0 to 2"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["--set", "training.batchsize=3"], ConfigError, "did you mean 'batch_size'?"),
+        (["--set", "training.batch_size=many"], ConfigError, "want a whole number, got 'many'"),
+        (
+            changed("model.num_classes=5", "model.prototype_shape.0=7"),
+            ConfigError,
+            "7 prototypes cannot be shared evenl",
+        ),
+        (["--config", "nowhere.yaml"], ConfigError, "nowhere.yaml: cannot read this configuration"),
+        (["--resume", "nowhere.pth"], CheckpointError, "nowhere.pth: there is no such checkpoint"),
+        (changed("dataset.name=camvid", "dataset.root=nowhere"), DatasetError, "'nowhere'"),
+        (changed("model.num_classes=2"), ConfigError, "2, but shapes has 6 classes"),
+        (changed("system.device=cuda:77"), ConfigError, "there is no cuda:77 here"),
+    ],
+)
+def test_a_bad_command_line_is_one_line_and_writes_nothing(workdir, arguments, error, message):
+    told = refused(error, *arguments)
+    assert message in told and "\n" not in told and issubclass(error, UserError)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--config", "nowhere.yaml"], ["--config", "tiny.yaml", "--set", "training.batch_size=two"]]
+)
+def test_a_bad_command_line_exits_with_2_and_one_line(workdir, arguments):
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert [path.name for path in workdir.iterdir()] == ["tiny.yaml"]
+
+
+def test_a_finished_run_is_not_overwritten_silently(workdir):
+    run()
+    before = {path: path.read_bytes() for path in Path("models").glob("*.pth")}
+    for arguments in ([], ["--phase", "0"], ["--phase", "1"], ["--phase", "2"]):
+        message = refused(ConfigError, *arguments)
+        assert "is there from an earlier run" in message and "--overwrite" in message and "--resume auto" in message
+    assert {path: path.read_bytes() for path in Path("models").glob("*.pth")} == before
+
+
+def test_overwrite_replaces_a_run(workdir):
+    run()
+    run("--overwrite", "--set", "training.seed=1")
+    run(*changed("training.seed=1"), models="one", results="r1")
+    assert_same(weights(), weights(models="one"))
+    assert_same(weights("best"), weights("best", "one"))
+    assert without_speed(rows()) == without_speed(rows("r1"))
+
+
+def test_overwriting_a_phase_removes_what_was_made_from_it(workdir):
+    run()
+    run("--phase", "1", "--overwrite")
+    assert Path("models/push_checkpoint.pth").exists() and not Path("models/final_checkpoint.pth").exists()
+    assert {row["phase"] for row in rows()} == {"warmup", "joint"}
+
+
+def test_resume_after_an_overwritten_phase_goes_on_from_the_new_weights(workdir):
+    """The last_checkpoint of the run that was overwritten stands further in the schedule than the new weights."""
+    run(*changed("training.checkpoint_every=1"))
+    other = changed("training.checkpoint_every=100", "training.phases.1.lr.add_on=3e-2")
+    run("--phase", "1", "--overwrite", *other)
+    assert not list(Path("models").glob("last_*"))
+    run("--resume", "auto", *other)
+    assert torch.equal(weights()["prototype_vectors"], weights("push")["prototype_vectors"])
+
+
+def test_overwriting_from_the_push_on_writes_the_rows_of_finetuning_once(workdir):
+    run()
+    before = without_speed(rows())
+    run("--resume", "models/joint_checkpoint.pth", "--overwrite")
+    assert without_speed(rows()) == before
+
+
+@pytest.mark.parametrize("fault", ["a damaged image", "a signal"])
+def test_a_run_with_workers_that_fails_ends_all_the_same(tmp_path, fault):
+    """Workers ignore signals, and Python waits for them at exit: somebody has to tell them."""
+    trees.camvid(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    plan = f"import train, command, signal\nstep = train.TrainingModule.training_step\n{FAULTS[fault]}\n"
+    code = plan + f"command.run(lambda argv: train.main({CAMVID}))"
+    command = [sys.executable, "-c", code]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == (2 if fault == "a damaged image" else 143), done.stderr
+    assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+
+
+CAMVID = ["--config", "tiny.yaml", "--phase", "0", *changed(
+    "dataset.name=camvid", "model.num_classes=11", "model.prototype_shape.0=11", "system.num_workers=2",
+    "training.phases.0.steps=50",
+)]  # fmt: skip
+FAULTS = {
+    "a damaged image": "open('train/0001TP_006720.png', 'wb').write(b'no image')",
+    "a signal": "train.TrainingModule.training_step = lambda *a: (step(*a), signal.raise_signal(signal.SIGTERM))",
+}
+
+
+def test_a_folder_in_use_is_left_alone(workdir):
+    with locked_run(Path("models")):
+        with pytest.raises(UserError, match="trains there") as caught:
+            run()
+    assert caught.value.exit_code == 5 and not list(Path("models").glob("*.pth"))
+
+
+# --- a loss that is not finite ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("log_every", [1, 100], ids=["found when logging", "found at the next step"])
+@pytest.mark.parametrize("bad_step", [4, 5, 8], ids=["joint 1", "joint 2", "last of joint"])
+def test_nan_ends_the_run_with_its_terms_and_images_and_overwrites_nothing(workdir, monkeypatch, bad_step, log_every):
+    calls = []
+
+    def spoiled(logits, labels):
+        calls.append(1)
+        return cross_entropy(logits, labels) * (torch.nan if len(calls) == bad_step else 1.0)
+
+    monkeypatch.setattr(module, "cross_entropy", spoiled)
+    saved = {}
+    real_save = train.save_checkpoint
+
+    def save_and_note(path, *arguments, **how):
+        assert len(calls) < bad_step
+        real_save(path, *arguments, **how)
+        saved[Path(path)] = Path(path).read_bytes()
+
+    monkeypatch.setattr(train, "save_checkpoint", save_and_note)
+    with pytest.raises(NotFiniteError) as caught:
+        run(*changed(f"training.log_every={log_every}", "training.val_every=100", "training.checkpoint_every=1"))
+    assert caught.value.exit_code == 6
+    message = str(caught.value)
+    assert f"phase 'joint', step {bad_step - 3}, is not finite: cross_entropy = nan, l1 = " in message
+    keys = train.StepSampler(5, 2, 0, 1).batch(bad_step - 4)
+    assert message.endswith("The images of that batch: " + ", ".join(f"scene train {i:05d}" for _, i in keys))
+    assert {path: path.read_bytes() for path in saved} == saved
+
+
+# --- the schedule ----------------------------------------------------------------------------------------------
+
+
+def test_the_plan_names_a_file_for_each_stage():
+    config = load_config(ROOT / "configs" / "demo.yaml")
+    assert [(s.name, s.phase, s.is_push, s.file) for s in train.plan(config)] == [
+        ("warmup", 0, False, "warmup_checkpoint.pth"),
+        ("joint", 1, False, "joint_checkpoint.pth"),
+        ("push", 1, True, "push_checkpoint.pth"),
+        ("finetune", 2, False, "final_checkpoint.pth"),
+    ]
+    assert [s.file for s in train.plan(config, skip_push=True)] == [
+        f"{name}_checkpoint.pth" for name in ("warmup", "joint", "final")
+    ]
+
+
+def test_another_schedule_is_an_edit_of_the_yaml(workdir):
+    raw = yaml.safe_load(CONFIG)
+    raw["training"]["phases"] = [
+        {"name": "first", "steps": 2, "push": True, "lr": {"add_on": 0.01, "prototypes": 0.01}},
+        {"name": "second", "steps": 2, "push": True, "lr": {"backbone": 0.01}},
+    ]
+    Path("other.yaml").write_text(yaml.safe_dump(raw))
+    run(config="other.yaml")
+    assert {path.name for path in Path("models").glob("*.pth")} == {
+        f"{name}_checkpoint.pth" for name in ("first", "first_push", "second", "final", "best")
+    }
