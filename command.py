@@ -7,6 +7,7 @@ Exit codes: 0 done, 2 bad input, 3 bad or untrusted checkpoint, 4 disk or downlo
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import os
 import signal
@@ -81,22 +82,22 @@ def run(main: Callable[[list[str] | None], None]) -> None:
         return
     except UserError as error:
         message, code = str(error), error.exit_code
-    except OSError as error:  # disk full, no permission, download failed: the machine, not the program
-        message, code = str(error), STORAGE_ERROR
-    except (MemoryError, RuntimeError) as error:
-        lost = machine_trouble(error)
-        if lost is None:
+    except (OSError, MemoryError, RuntimeError) as error:
+        trouble = machine_trouble(error)
+        if trouble is None and not isinstance(error, OSError):
             raise
-        message, code = str(lost), STORAGE_ERROR
+        message, code = str(trouble or error), STORAGE_ERROR  # disk full, no permission, download failed, ...
     # Only now, when no exception holds a loader of data any more: exit would wait forever for its workers.
     _leave(message, code)
 
 
-def machine_trouble(error: MemoryError | RuntimeError) -> OSError | None:
+def machine_trouble(error: OSError | MemoryError | RuntimeError) -> OSError | None:
     """What torch says when a machine lets it down, with the remedy; None for any other error.
 
     torch looks after the workers of a DataLoader by signal: that one was lost is raised wherever the script just is.
     """
+    if isinstance(error, OSError) and error.errno != errno.EMFILE:
+        return None
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if any(words in str(error) for words in ("DataLoader", "shared memory", "resize file", "Too many open files")):
         return OSError(
@@ -124,7 +125,7 @@ def all_at_once(*checks: Callable[[], object]) -> list:
         except (UserError, OSError) as error:
             errors.append(error)
     if len(errors) > 1:
-        raise type(errors[0])("\n".join(map(str, errors)))
+        raise type(errors[0])("\n".join(dict.fromkeys(map(str, errors))))  # each once
     if errors:
         raise errors[0]
     return results

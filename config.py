@@ -235,7 +235,15 @@ def parse_yaml(text: str, name: str = "config") -> tuple[object, dict[str, int]]
         node = loader.get_single_node()
         return (None if node is None else _plain(loader, node, "", lines)), lines
     # A scalar with a wrong tag raises whatever its constructor happens to meet.
-    except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+    except (
+        yaml.YAMLError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or str(error).split("\n")[0]

@@ -233,11 +233,10 @@ class CamVidDataset(SegmentationDataset):
 
     def _get_data_paths(self) -> list[tuple[Path, Path | None]]:
         images, labels = self.root / self.split, self.root / f"{self.split}annot"
-        found = _images_by_stem(images)
         listed = self.root / f"{self.split}.txt"
         # The lists of the original arrangement begin with /SegNet/CamVid/; only the file's name says anything.
-        stems = [Path(line.split()[0]).stem for line in _lines(listed)] if listed.is_file() else sorted(found)
-        return [(found.get(s, images / f"{s}.png"), labels / f"{s}.png") for s in stems]
+        stems = [Path(line.split()[0]).stem for line in _lines(listed)] if listed.is_file() else None
+        return _pairs(images, labels, stems)
 
 
 class FolderDataset(SegmentationDataset):
@@ -256,8 +255,7 @@ class FolderDataset(SegmentationDataset):
         return ClassMapping(names, voc_palette(len(names) + 1)[1:], {i: i for i in range(len(names))})
 
     def _get_data_paths(self) -> list[tuple[Path, Path | None]]:
-        images = sorted(p for p in (self.root / "images" / self.split).glob("*") if p.suffix.lower() in IMAGE_TYPES)
-        return [(path, self.root / "labels" / self.split / f"{path.stem}.png") for path in images]
+        return _pairs(self.root / "images" / self.split, self.root / "labels" / self.split)
 
 
 class ShapesDataset(SegmentationDataset):
@@ -318,7 +316,8 @@ def build_dataset(config: Config, split: str) -> SegmentationDataset:
 
 def check_sample(dataset: SegmentationDataset, count: int = 8) -> None:
     """Read some images with their labels, evenly spread. Raises DatasetError with every fault in them."""
-    all_at_once(*(lambda i=i: dataset.read(i * len(dataset) // count) for i in range(min(count, len(dataset)))))
+    count = min(count, len(dataset))
+    all_at_once(*(lambda i=i: dataset.read(i * len(dataset) // count) for i in range(count)))
 
 
 def missing_files(dataset: SegmentationDataset) -> list[Path]:
@@ -363,8 +362,12 @@ def _lines(path: Path) -> list[str]:
         raise DatasetError(f"{path}: cannot read this list ({error})") from None
 
 
-def _images_by_stem(folder: Path) -> dict[str, Path]:
-    return {path.stem: path for path in sorted(folder.glob("*")) if path.suffix.lower() in IMAGE_TYPES}
+def _pairs(images: Path, labels: Path, stems: list[str] | None = None) -> list[tuple[Path, Path | None]]:
+    """Images and labels of the same name; without a list, those of every name in either folder."""
+    found = {path.stem: path for path in sorted(images.glob("*")) if path.suffix.lower() in IMAGE_TYPES}
+    if stems is None:
+        stems = sorted(found.keys() | {path.stem for path in labels.glob("*.png")})
+    return [(found.get(stem, images / f"{stem}.png"), labels / f"{stem}.png") for stem in stems]
 
 
 def voc_palette(count: int) -> tuple[tuple[int, int, int], ...]:

@@ -210,7 +210,10 @@ class TrainingModule:
     def check_weights(self) -> None:
         """Raise NotFiniteError if the last loss, or any weight or statistic of the model, is not finite."""
         self.check_finite()
-        broken = [name for name, value in self.model.state_dict().items() if not torch.isfinite(value).all()]
+        self._refuse_broken(self.model.state_dict())
+
+    def _refuse_broken(self, tensors: dict[str, Tensor]) -> None:
+        broken = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
         if broken:
             raise NotFiniteError(
                 f"after step {self.step} of phase '{self.phase.name}' {broken[0]} is not finite; it is not saved."
@@ -251,10 +254,14 @@ class TrainingModule:
         """
         self.check_weights()
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
+        self._refuse_broken({f"the gradient of {name}": gradient for name, gradient in gradients.items()})
+        moments = ((f"{k} of {n}", v) for n, p in trained.items() for k, v in self.optimizer.state.get(p, {}).items())
+        self._refuse_broken(dict(moments))
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "gradients": {name: p.grad for name, p in trained.items() if p.grad is not None},
+            "gradients": gradients,
             "sums": distributed.total(self._sums.clone()) / distributed.size(),
             "batches": self._batches,
         }

@@ -465,12 +465,9 @@ def outputs_to_replace(config: Config, stages: list[Stage], state: dict | None, 
     prefix = "pruned_" if stages[0].file.startswith("pruned_") else ""
     everything = plan(config, prefix=prefix)
     later = [folder / s.file for s in everything if (s.phase, s.is_push) >= (stages[0].phase, stages[0].is_push)]
-    if state is None:
+    if state is None or (overwrite and "optimizer" not in state):  # of the run that is replaced
         last = folder / f"{prefix}last_checkpoint.pth"
         later += [last, previous(last), folder / f"{prefix}best_checkpoint.pth"]
-    elif overwrite and "optimizer" not in state:  # of the run that is replaced, maybe further on than the new one
-        last = folder / f"{prefix}last_checkpoint.pth"
-        later += [last, previous(last)]
     there = [path for path in later if path.is_file()]
     if there and not overwrite:
         raise ConfigError(

@@ -71,6 +71,19 @@ def test_each_problem_has_its_line(no_handlers, capsys):
     assert leave(ConfigError("one\ntwo"), capsys) == (2, "error: one\nerror: two\n")
 
 
+def test_several_checks_tell_all_their_problems_each_once():
+    def fail(error):
+        raise error
+
+    assert command.all_at_once(lambda: 1, lambda: 2) == [1, 2]
+    checks = [lambda m=m, e=e: fail(e(m)) for e, m in ((DatasetError, "one"), (OSError, "two"), (DatasetError, "one"))]
+    with pytest.raises(DatasetError) as caught:
+        command.all_at_once(*checks)
+    assert str(caught.value) == "one\ntwo"
+    with pytest.raises(Interrupted):
+        command.all_at_once(checks[0], lambda: fail(Interrupted(signal.SIGTERM, "go on")))
+
+
 def test_a_bug_keeps_its_traceback(no_handlers):
     with pytest.raises(ZeroDivisionError):
         command.run(lambda argv: 1 / 0)

@@ -341,6 +341,14 @@ def test_the_transform_keeps_image_and_label_aligned(along, size, scales):
     assert flips == ({True, False} if along == "x" else {False})
 
 
+@pytest.mark.parametrize("scale", [0.6, 1.0, 1.4])
+def test_labels_are_never_mixed(scale):
+    label = np.random.default_rng(0).choice([0, 7, 200], (120, 120)).astype(np.uint8)
+    transform = TrainTransform(DatasetConfig(crop_size=65, scale_range=(scale, scale)))
+    _, classes = transform(Image.new("RGB", (120, 120)), Image.fromarray(label), np.random.default_rng(0))
+    assert set(classes.unique().tolist()) == {0, 7, 200}
+
+
 def test_without_scaling_the_crop_is_a_piece_of_the_image():
     image, label = painted(200, 180, "x")
     transform = TrainTransform(DatasetConfig(crop_size=65, scale_range=(1.0, 1.0), flip=False))
@@ -421,10 +429,17 @@ def test_every_epoch_has_every_image_once_in_a_new_order(images, batch_size):
     assert images < 3 or len({tuple(order) for order in epochs}) > 1
 
 
-def test_an_item_of_a_later_epoch_is_another_crop(tmp_path):
+def test_a_crop_is_a_function_of_seed_phase_epoch_and_index(tmp_path):
     trees.camvid(tmp_path)
-    samples = TrainingSamples(load("camvid", tmp_path), TrainTransform(DatasetConfig(crop_size=33)), 0, 0)
-    assert torch.equal(samples[0, 1][0], samples[0, 1][0]) and not torch.equal(samples[0, 1][0], samples[1, 1][0])
+    data, transform = load("camvid", tmp_path), TrainTransform(DatasetConfig(crop_size=33))
+
+    def crop(seed, phase, epoch, index):
+        return TrainingSamples(data, transform, seed, phase)[epoch, index][0]
+
+    first = crop(0, 0, 0, 1)
+    assert torch.equal(first, crop(0, 0, 0, 1))
+    for other in ((1, 0, 0, 1), (0, 1, 0, 1), (0, 0, 1, 1), (0, 0, 0, 2)):
+        assert not torch.equal(first, crop(*other))
 
 
 def test_evaluation_goes_through_whole_images_in_order(tmp_path):
@@ -596,3 +611,15 @@ def test_a_good_label_of_sbd_needs_no_palette(tmp_path):
 def test_the_default_data_set_is_there_for_every_name():
     assert set(DATASETS) == {"cityscapes", "pascal", "camvid", "folder", "shapes"}
     assert Config().dataset.name in DATASETS
+
+
+@pytest.mark.parametrize("name", ["camvid", "folder"])
+def test_a_label_without_an_image_is_a_missing_image(name, tmp_path):
+    folders = {"camvid": ("train", "trainannot"), "folder": ("images/train", "labels/train")}[name]
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    for folder, stems in zip(folders, (["one"], ["one", "two"]), strict=True):
+        (tmp_path / folder).mkdir(parents=True)
+        for stem in stems:
+            Image.new("RGB" if folder == folders[0] else "L", (9, 9)).save(tmp_path / folder / f"{stem}.png")
+    opened = dataset.open_dataset(DatasetConfig(name=name, root=str(tmp_path)), "train")
+    assert [path.name for path in dataset.missing_files(opened)] == ["two.png"]

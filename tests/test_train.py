@@ -397,9 +397,10 @@ def test_a_phase_without_its_start_names_the_file_and_the_command(workdir):
         (changed("system.device=cuda:77"), ConfigError, "there is no cuda:77 here"),
     ],
 )
-def test_a_bad_command_line_is_one_line_and_writes_nothing(workdir, arguments, error, message):
+def test_a_bad_command_line_is_told_once_a_problem_and_writes_nothing(workdir, arguments, error, message):
     told = refused(error, *arguments)
-    assert message in told and "\n" not in told and issubclass(error, UserError)
+    lines = told.splitlines()  # a missing data set is missing in both splits
+    assert message in told and len(set(lines)) == len(lines) <= (2 if error is DatasetError else 1)
 
 
 @pytest.mark.parametrize(
