@@ -78,7 +78,7 @@ def load_checkpoint(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such checkpoint")
-    if not zipfile.is_zipfile(path):
+    if not _is_archive(path):
         raise CheckpointError(f"{path}: damaged or not a checkpoint of this project; train again or name another file")
     state = load_tensors(path)
     found = state.get("format") if isinstance(state, dict) else None
@@ -146,6 +146,13 @@ def load_tensors(path: str | Path) -> object:
         if "GLOBAL" in str(error) or "Unsupported" in str(error):
             reason = f"it holds more than tensors and plain data, and could run code ({_unsafe_globals(path)})"
         raise CheckpointError(f"{path}: damaged or untrusted file: {reason}") from None
+
+
+def _is_archive(path: str | Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # of some damage to the end of the file it is sure
+        return False
 
 
 def _check_archive(path: str | Path) -> None:
