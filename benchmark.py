@@ -96,7 +96,8 @@ def bench_diversity(config: Config, device: torch.device, repeats: int) -> list[
     """Forward and backward at 2 x 65 x 65 cells, 19 classes of 10 prototypes, every class in both images."""
     generator = torch.Generator().manual_seed(0)
     distances = torch.rand(2, 190, 65, 65, generator=generator).to(device).requires_grad_()
-    labels = torch.randint(0, 19, (2, 5, 5), generator=generator).repeat_interleave(13, 1).repeat_interleave(13, 2)
+    blocks = torch.stack([torch.randperm(25, generator=generator) % 19 for _ in range(2)]).view(2, 5, 5)
+    labels = blocks.repeat_interleave(13, 1).repeat_interleave(13, 2)
     labels, prototype_class = labels.to(device), torch.arange(190) // 10
     own_device = prototype_class.to(device)
     return compare(
