@@ -42,8 +42,8 @@ def diversity_loss(distances: Tensor, labels: Tensor, prototype_class: Tensor) -
     all classes and all images, with Jeffreys' divergence D_J = KL(v_p||v_q) / 2 + KL(v_q||v_p) / 2 (equations 2-5
     of the paper). No pair: 0. distances (B, P, h, w) float, labels (B, h, w), prototype_class (P,).
 
-    A cell has one class, so only the K prototypes of that class matter to it: everything below is (B, cells, K),
-    not (B, cells, P), and the gradient at another class's cells is exactly zero. `prototype_class` may stay on the
+    A cell has one class, so only the K prototypes of that class matter to it: everything below is (B, K, cells),
+    not (B, P, cells), and the gradient at another class's cells is exactly zero. `prototype_class` may stay on the
     CPU; then a step on a GPU waits for nothing here.
     """
     similarity, has_pairs, _ = pair_similarities(distances, labels, prototype_class)
@@ -62,16 +62,16 @@ def pair_similarities(distances: Tensor, labels: Tensor, prototype_class: Tensor
     of_class = labels[..., None] == torch.arange(len(members), device=labels.device)  # (B, N, C)
     counted = of_class.any(2)  # not ignored, and of a class that has prototypes
     index = torch.where(counted, labels, 0)
-    own = distances.flatten(2).transpose(1, 2).gather(2, members[index])  # (B, N, K) distance to the own prototypes
-    own = own.masked_fill(~counted[..., None], 0)  # below every distance: changes no maximum, passes no gradient
+    own = distances.flatten(2).gather(1, members.T[:, index].transpose(0, 1))  # (B, K, N) distance to own prototypes
+    own = own.masked_fill(~counted[:, None], 0)  # below every distance: changes no maximum, passes no gradient
     of_class = of_class.to(own.dtype)
 
     log_v = own - _log_sum_exp(own, of_class, index)
     v = log_v.exp()
     first, second = torch.triu_indices(members.shape[1], members.shape[1], 1, device=labels.device)
     # KL(p||q) + KL(q||p) = sum (p - q)(log p - log q): exact for near-identical distributions.
-    jeffreys = 0.5 * (v[..., first] - v[..., second]) * (log_v[..., first] - log_v[..., second])  # (B, N, pairs)
-    jeffreys = of_class.transpose(1, 2) @ jeffreys  # (B, C, pairs): summed over the cells of each class
+    jeffreys = 0.5 * (v[:, first] - v[:, second]) * (log_v[:, first] - log_v[:, second])  # (B, pairs, N)
+    jeffreys = (jeffreys @ of_class).transpose(1, 2)  # (B, C, pairs): summed over the cells of each class
 
     has_pairs = (of_class.sum(1) >= 2)[..., None] & (is_member[:, first] & is_member[:, second])
     return (-jeffreys).exp(), has_pairs, torch.stack((members[:, first], members[:, second]), dim=2)
@@ -97,11 +97,11 @@ def _members(prototype_class: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _log_sum_exp(values: Tensor, of_class: Tensor, index: Tensor) -> Tensor:
-    """For each cell, log sum exp of `values` over all cells of its class in its image; (B, N, K) -> (B, N, K)."""
-    gather_index = index[..., None].expand_as(values)
-    shape = (values.shape[0], of_class.shape[2], values.shape[2])
+    """For each cell, log sum exp of `values` over all cells of its class in its image; (B, K, N) -> (B, K, N)."""
+    gather_index = index[:, None].expand_as(values)
+    shape = (*values.shape[:2], of_class.shape[2])
     highest = values.detach().new_full(shape, -torch.inf)
-    highest = highest.scatter_reduce(1, gather_index, values.detach(), "amax").gather(1, gather_index)
-    sums = of_class.transpose(1, 2) @ (values - highest).exp()  # (B, C, K)
+    highest = highest.scatter_reduce(2, gather_index, values.detach(), "amax").gather(2, gather_index)
+    sums = (values - highest).exp() @ of_class  # (B, K, C)
     # Only classes without a single counted cell have a sum below 1; their logarithm is never used.
-    return highest + sums.clamp(min=1e-30).log().gather(1, gather_index)
+    return highest + sums.clamp(min=1e-30).log().gather(2, gather_index)
