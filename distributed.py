@@ -71,6 +71,15 @@ def gathered(values: Tensor) -> Tensor:
     return torch.stack(parts)
 
 
+def gathered_objects(value: object) -> list:
+    """The values of all processes in the order of their ranks: anything that can be pickled."""
+    values = [value] * size()
+    if size() > 1:
+        with _reported():
+            dist.all_gather_object(values, value)
+    return values
+
+
 def wait_for_all() -> None:
     """Go on when every process has come here."""
     highest(0)

@@ -5,6 +5,7 @@
     python evaluate.py --checkpoint FILE --tta                        averaged over scales and flips
     python evaluate.py --checkpoint FILE --sliding 513                averaged over overlapping windows of 513 pixels
     python evaluate.py --checkpoint FILE --split test --export DIR    files for the Cityscapes or VOC server
+    torchrun --nproc_per_node 4 evaluate.py --checkpoint FILE         shared among four GPUs; the same numbers
     python evaluate.py --checkpoint FILE --set dataset.root=FOLDER    what the checkpoint's configuration says, changed
 
 Written to results/evaluation/: NAME.json with every number, and NAME.html, a page that needs nothing else.
@@ -22,11 +23,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
+import distributed
 from command import add_set_argument, run, stop_flag
 from config import ConfigError
-from dataset import SegmentationDataset, build_dataset, eval_batches
+from dataset import SegmentationDataset, build_dataset, own_images
 from export import Export
 from interpretability import NOISE, Explanations
 from metrics import ConfusionMatrix
@@ -126,31 +127,41 @@ def label_image(module: TrainingModule, image: Tensor, view: View) -> tuple[Tens
 
 @torch.no_grad()
 def evaluate(module: TrainingModule, dataset: SegmentationDataset, view: View, export: Export | None) -> Evaluation:
-    """Label every image at native size, in one pass; memory is that of one image. export: also write the labels."""
+    """Label every image at native size, in one pass; memory is that of one image. export: also write the labels.
+
+    Under torchrun each process takes its share of the images, and all of them return the whole result.
+    """
     module.model.eval()
     explained = Explained(module, dataset) if isinstance(module.model, PPNet) and view.is_plain else None
-    matrix, tallies, worst = ConfusionMatrix(dataset.num_classes, module.device), [], []
-    batches = eval_batches(dataset, module.config.system.num_workers)
-    for index, (image, label) in enumerate(
-        tqdm(batches, desc=dataset.split, total=len(dataset), unit="image", leave=False)
-    ):
-        stop_flag.raise_if_set()
+    matrix, tallies, worst = ConfusionMatrix(dataset.num_classes, module.device), {}, []
+    for index, image, label in own_images(dataset, module.config.system.num_workers, dataset.split):
         image = image.to(module.device, non_blocking=True, memory_format=torch.channels_last)
         classes, distances = label_image(module, image, view)
         label = label.to(module.device, non_blocking=True)
         ours = ConfusionMatrix(dataset.num_classes, module.device)
         ours.update(classes, label)
         matrix.counts += ours.counts
-        tallies.append(ours.tallies().cpu())
+        tallies[index] = ours.tallies().cpu()
         drawn = classes[0].byte().cpu().numpy()
         if export is not None:
             export.write(index, drawn)
         if ours.counts.any():
-            worst = sorted([*worst, (ours.summary()["miou"], index, drawn)], key=lambda item: item[:2])[:WORST]
+            worst = _worst([*worst, (ours.summary()["miou"], index, drawn)])
             if explained is not None:
                 explained.update(index, image, label, distances)
     explanations = explained.summary() if explained is not None else None
-    return Evaluation(dataset, matrix, torch.stack(tallies), worst, explanations)
+    distributed.total(matrix.counts)
+    tallies = dict(item for part in distributed.gathered_objects(tallies) for item in part.items())
+    worst = _worst([item for part in distributed.gathered_objects(worst) for item in part])
+    if export is not None:
+        export.written = dict(item for part in distributed.gathered_objects(export.written) for item in part.items())
+    stop_flag.signum = distributed.highest(stop_flag.signum or 0) or None
+    stop_flag.raise_if_set()
+    return Evaluation(dataset, matrix, torch.stack([tallies[i] for i in range(len(dataset))]), worst, explanations)
+
+
+def _worst(images: list[tuple]) -> list[tuple]:
+    return sorted(images, key=lambda item: item[:2])[:WORST]
 
 
 class Explained:
@@ -176,7 +187,12 @@ class Explained:
             self.parts.update(*activations, label[0], parts, model.output_stride)
 
     def summary(self) -> dict | None:
-        """See `Explanations.summary` and `PartMetrics.summary`; without part labels there are none of the latter."""
+        """See `Explanations.summary` and `PartMetrics.summary`; without part labels there are none of the latter.
+
+        Of several processes, all have to call it.
+        """
+        self.explanations.merge()
+        self.parts.merge()
         explanations = self.explanations.summary()
         return explanations and explanations | (self.parts.summary() or {})
 
@@ -187,12 +203,14 @@ class Explained:
 def evaluate_checkpoint(path: Path, arguments: argparse.Namespace) -> tuple[Evaluation, dict, Path]:
     """What was measured as the command line says, its report, and the folder that the configuration has for results."""
     model, config, state = load_model(path, overrides=arguments.overrides)
+    distributed.start(config.system.timeout)
     module = TrainingModule(config, model, choose_device(config.system.device))
     dataset = build_dataset(config, arguments.split or config.dataset.val_split)
     export = Export(dataset, arguments.export) if arguments.export else None
     view = View(arguments.tta, arguments.sliding)
+    distributed.wait_for_all()  # nobody writes before everybody has seen that the folder is empty
     result = evaluate(module, dataset, view, export)
-    if export is not None:
+    if export is not None and distributed.rank() == 0:
         print(f"packed and checked {len(dataset)} images: {export.finish()}")
     about = {"checkpoint": str(path), "stage": state.get("stage", ""), "pruned": bool(state.get("pruned"))}
     report = report_of(result, about | view._asdict())
@@ -229,6 +247,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line; see the top of this file."""
     arguments, paths = parse_arguments(argv)
     results, reports, folders = zip(*(evaluate_checkpoint(path, arguments) for path in paths), strict=True)
+    if distributed.rank() > 0:
+        return
     if not any(result.matrix.counts.any() for result in results):
         print(f"nothing is labelled in the split '{results[0].dataset.split}', so nothing was measured")
         return

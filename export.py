@@ -45,7 +45,6 @@ class Export:
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise ConfigError(f"--export: {self.folder} is not empty; name a new folder")
         self.images = self.folder / (VOC_FOLDER if self.name == "pascal" else "")
-        self.images.mkdir(parents=True, exist_ok=True)
         file_ids = {c: i for i, c in dataset.mapping.id_to_class.items() if c != IGNORE}
         self.id_of_class = np.array([file_ids[c] for c in range(dataset.num_classes)], dtype=np.uint8)
         self.written: dict[str, tuple[tuple[int, int], int]] = {}  # name in the archive: size, checksum of the ids
@@ -56,6 +55,7 @@ class Export:
         picture = Image.fromarray(ids)
         if self.name == "pascal":
             picture.putpalette([channel for color in self.dataset.mapping.palette for channel in color])
+        self.images.mkdir(parents=True, exist_ok=True)
         path = self.images / f"{self.dataset.paths(index)[0].stem.removesuffix('_leftImg8bit')}.png"
         picture.save(path)
         self.written[path.relative_to(self.folder).as_posix()] = (picture.size, zlib.crc32(ids.tobytes()))

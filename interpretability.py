@@ -12,10 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+import distributed
 from config import IGNORE
 from losses import pair_similarities
 from model import PPNet
-from push import nearer, no_neighbours
+from push import nearer, neighbours_of_all, no_neighbours
 
 NOISE = 0.2  # standard deviation of the noise on the normalized image (Huang et al., ICCV 2023, and ScaleProtoSeg)
 NEIGHBOURS = 6  # patches whose classes make a prototype's purity, as in the pruning of ProtoSeg
@@ -87,12 +88,16 @@ class Explanations:
         self.class_on_cpu = model.prototype_class.cpu()
         self.depth = int(self.class_on_cpu.bincount().max())  # as far as the curves go: the prototypes of a class
         self.neighbours = no_neighbours(count, NEIGHBOURS, device)
-        self.cells = 0
+        self.cells, self.explaining, self.unchanged = torch.zeros(3, dtype=torch.int64, device=device)
         self.top = torch.zeros(count, dtype=torch.int64, device=device)
-        self.explaining = self.unchanged = 0
         self.agreement = torch.zeros(self.depth, dtype=torch.float64, device=device)
         self.deleted = torch.zeros(2, self.depth + 1, dtype=torch.float64, device=device)
-        self.pair_sums, self.pair_counts = 0, 0  # (C, pairs) from the first image on
+        nothing = torch.full((1, 1, 1), IGNORE, device=device)
+        _, has_pairs, self.pairs = pair_similarities(
+            torch.zeros(1, count, 1, 1, device=device), nothing, self.class_on_cpu
+        )
+        self.pair_sums = torch.zeros(has_pairs.shape[1:], dtype=torch.float64, device=device)
+        self.pair_counts = torch.zeros(has_pairs.shape[1:], dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def update(self, index: int, distances: Tensor, noisy_distances: Tensor, cells: Tensor) -> None:
@@ -101,9 +106,9 @@ class Explanations:
         Only labelled cells count. The random order of removal is a function of `index`.
         """
         self.neighbours = nearer(self.neighbours, distances, cells, index)
-        similarity, has_pairs, self.pairs = pair_similarities(distances, cells, self.class_on_cpu)
-        self.pair_sums = self.pair_sums + (similarity * has_pairs).double().sum(0)
-        self.pair_counts = self.pair_counts + has_pairs.sum(0)
+        similarity, has_pairs, _ = pair_similarities(distances, cells, self.class_on_cpu)
+        self.pair_sums += (similarity * has_pairs).double().sum(0)
+        self.pair_counts += has_pairs.sum(0)
         counted = cells.flatten() != IGNORE
         table, noisy = (d[0].flatten(1).T[counted] for d in (distances, noisy_distances))  # (N, P)
         generator = torch.Generator().manual_seed(index)
@@ -131,6 +136,14 @@ class Explanations:
     def _contributions(self, distances: Tensor, classes: Tensor) -> Tensor:
         """`PPNet.contributions` of a list of cells: (N, P), (N,) -> (N, P)."""
         return self.model.contributions(distances[..., None, None], classes[:, None, None])[..., 0, 0]
+
+    def merge(self) -> None:
+        """Add up what the processes of a run have seen; all of them have to call it."""
+        self.neighbours = neighbours_of_all(self.neighbours)
+        for sums in (self.cells, self.explaining, self.unchanged, self.top, self.agreement, self.deleted):
+            distributed.total(sums)
+        distributed.total(self.pair_sums)
+        distributed.total(self.pair_counts)
 
     def summary(self) -> dict | None:
         """The metrics as plain numbers and lists; None without a labelled cell.

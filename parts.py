@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import distributed
 from config import IGNORE, UserError
 from dataset import DatasetError, SegmentationDataset
 
@@ -97,7 +98,7 @@ class PartMetrics:
     def __init__(self, prototype_class: Tensor):
         self.prototype_class = prototype_class
         self.hits, self.images = torch.zeros(2, len(prototype_class), MAX_PARTS, device=prototype_class.device)
-        self.stable = self.compared = 0
+        self.stable, self.compared = torch.zeros(2, dtype=torch.int64)
 
     def update(self, clean: Tensor, noisy: Tensor, labels: Tensor, parts: np.ndarray, stride: int) -> None:
         """Add an image: activations (P, h, w) of it and of it with noise, labels (H, W), part ids (H, W)."""
@@ -116,6 +117,11 @@ class PartMetrics:
             self.stable += int((hits == noisy_hits).all(dim=1).sum())
             self.compared += len(members)
 
+    def merge(self) -> None:
+        """Add up what the processes of a run have seen; all of them have to call it."""
+        for sums in (self.hits, self.images, self.stable, self.compared):
+            distributed.total(sums)
+
     def summary(self) -> dict | None:
         """None if no labelled part was seen, else
 
@@ -130,5 +136,5 @@ class PartMetrics:
         return {
             "consistency": float(consistent[seen].double().mean()),
             "consistent": consistent.nonzero().flatten().tolist(),
-            "part_stability": self.stable / self.compared,
+            "part_stability": float(self.stable / self.compared),
         }

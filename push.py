@@ -146,10 +146,11 @@ def find_neighbours(
         distances = model(pad_to_grid(image.to(device), 0.0, model.output_stride)).distances
         cells = cell_labels(label.to(device), distances.shape[2:], model.output_stride)
         best = nearer(best, distances, cells, index)
-    return _neighbours_of_all(best)
+    return neighbours_of_all(best)
 
 
-def _neighbours_of_all(own: Neighbours) -> Neighbours:
+def neighbours_of_all(own: Neighbours) -> Neighbours:
+    """The nearest of what all processes found, as one process would have found them."""
     if distributed.size() == 1:
         return own
     found = Neighbours(*(torch.cat(list(distributed.gathered(values)), dim=1) for values in own))

@@ -1,16 +1,21 @@
 """Two processes are one run: the same weights, the same push, and an end for all when one is lost."""
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from checkpoint import load_checkpoint, load_last
+from checkpoint import load_checkpoint, load_last, save_checkpoint
+from config import config_to_dict, load_config
+from model import construct_PPNet
+from tests.test_evaluate import write_cityscapes
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
@@ -92,7 +97,7 @@ def test_gradients_are_averaged_and_searches_merged(folder):
     code = """
 import torch, distributed
 from config import IGNORE
-from push import Nearest, Neighbours, _nearest_of_all, _neighbours_of_all
+from push import Nearest, Neighbours, _nearest_of_all, neighbours_of_all
 distributed.start(15)
 r = distributed.rank()
 p = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(1))]
@@ -105,8 +110,87 @@ best = _nearest_of_all(own)
 assert best.image[0] == 1 and best.distance[1].isinf() and best.image[2] == 0, best
 cells, labels = torch.zeros(1, 2, 2).long(), torch.tensor([[r, r]])
 near = Neighbours(torch.tensor([[1.0, 3.0 - r]]), torch.tensor([[r, 2 + r]]), cells, labels)
-found = _neighbours_of_all(near)
+found = neighbours_of_all(near)
 assert found.distance.tolist() == [[1.0, 1.0]] and found.image.tolist() == [[0, 1]], found
+"""
+    assert finish(start(folder, code, 2)) == [0, 0]
+
+
+def evaluate(*arguments: str) -> str:
+    return (
+        f"import evaluate, command, sys; sys.argv = ['evaluate.py', *{list(arguments)!r}]; command.run(evaluate.main)"
+    )
+
+
+def evaluated(folder: Path, name: str, processes: int, *arguments: str) -> dict:
+    paths = ["--checkpoint", "models/warmup_checkpoint.pth", "--set", f"paths.results_dir={name}"]
+    assert finish(start(folder, evaluate(*paths, *arguments), processes)) == [0] * processes
+    return json.loads((folder / name / "evaluation" / "warmup_checkpoint.json").read_text())
+
+
+@pytest.mark.parametrize("images", [3, 1])  # a process has fewer images than the other, or none
+def test_two_processes_evaluate_as_one(folder, images):
+    short = ["training.phases.0.steps=2", "training.phases.1.steps=2", "training.phases.2.steps=2"]
+    assert finish(start(folder, train(*(a for value in short for a in ("--set", value))))) == [0]
+    count = ["--set", f"dataset.shapes.val_images={images}"]
+    one, two = (evaluated(folder, name, n, *count) for n, name in ((1, "one"), (2, "two")))
+    assert one["explanations"]["prototypes"] == 12
+    numbers, others = ([{k: v for k, v in flat(r).items() if isinstance(v, float) == of} for r in (one, two)]
+                       for of in (True, False))  # fmt: skip
+    assert numbers[1] == pytest.approx(numbers[0], rel=1e-12) and others[0] == others[1]
+    pages = [(folder / name / "evaluation" / "warmup_checkpoint.html").read_text() for name in ("one", "two")]
+    assert pages[0] == pages[1]
+
+
+def flat(value) -> dict:
+    """Nested plain data as one level, path to value."""
+    if not isinstance(value, dict | list):
+        return {"": value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {f"{key}/{path}": v for key, inner in items for path, v in flat(inner).items()}
+
+
+def test_two_processes_export_as_one(folder):
+    write_cityscapes(folder / "own", "test")
+    model = ["dataset.name=cityscapes", "dataset.root=own", "model.num_classes=19", "model.prototype_shape=[38,8,1,1]"]
+    config = load_config(folder / "config.yaml", model)
+    torch.manual_seed(0)
+    weights = construct_PPNet(config.model).state_dict()
+    state = {"config": config_to_dict(config), "phase": 1, "step": 1, "stage": "joint", "model": weights}
+    save_checkpoint(folder / "a.pth", state)
+    for processes in (1, 2):
+        code = evaluate("--checkpoint", "a.pth", "--split", "test", "--export", f"out{processes}")
+        assert finish(start(folder, code, processes)) == [0] * processes
+    archives = [zipfile.ZipFile(folder / f"out{processes}/cityscapes_test.zip") for processes in (1, 2)]
+    contents = [{name: archive.read(name) for name in archive.namelist()} for archive in archives]
+    assert len(contents[0]) == 3 and contents[0] == contents[1]
+
+
+def test_two_processes_measure_parts_as_one(folder):
+    code = """
+import numpy as np, torch, distributed
+from pathlib import Path
+from parts import PartMetrics
+distributed.start(15)
+r = distributed.rank()
+
+def see(metrics, image):
+    values = torch.zeros(2, 3, 3)
+    values[image % 2, 1, 1] = 1
+    parts = np.zeros((17, 17), dtype=int)
+    parts[6:11, 6:11] = 1 + image % 3
+    metrics.update(values, values.flip(0) if image == 2 else values, torch.zeros(17, 17).long(), parts, 8)
+
+own, whole = PartMetrics(torch.tensor([0, 0])), PartMetrics(torch.tensor([0, 0]))
+for image in range(5):
+    see(whole, image)
+    if image % 2 == r:
+        see(own, image)
+own.merge()
+assert whole.summary()["part_stability"] == 0.8, whole.summary()
+assert own.summary() == whole.summary()
+assert torch.equal(own.hits, whole.hits) and torch.equal(own.images, whole.images)
+assert distributed.gathered_objects({r: "x" * r}) == [{0: ""}, {1: "x"}]
 """
     assert finish(start(folder, code, 2)) == [0, 0]
 
