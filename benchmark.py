@@ -4,11 +4,15 @@
     python benchmark.py push           the patch search in a 1024x2048 image against a loop over its pixels
     python benchmark.py step           prototype model, its twin, and the backbone alone
     python benchmark.py phases         a step of each phase of the configuration
-    python benchmark.py loader         a training sample against decoding its files
+    python benchmark.py batches        an update from iter_size small batches against one from a large batch
+    python benchmark.py profile        the operations that the joint step spends its time in
+    python benchmark.py evaluate       labelling a 1024x2048 image: prototype model, its twin, the backbone alone
+    python benchmark.py loader         a training sample against decoding its files, and samples/s by worker count
     python benchmark.py schedule       hours that the configuration's phases take at the measured rates
 
-Times are medians of interleaved repetitions after a warm-up, on CUDA between device events. `--json FILE` writes
-the same numbers. Nothing is read from a data set: images are random, files are made in a temporary folder.
+Times are medians of interleaved repetitions after a warm-up, on CUDA between device events; peak memory is printed on
+CUDA alone. `--json FILE` writes the same numbers. Nothing is read from a data set: images are random, files are made
+in a temporary folder.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import argparse
 import copy
 import dataclasses
 import json
+import os
 import platform
 import statistics
 import tempfile
@@ -29,16 +34,19 @@ import torch
 import torchvision
 from PIL import Image
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from command import add_config_arguments, run
 from config import IGNORE, Config, load_config
-from dataset import CityscapesDataset, TrainingSamples, TrainTransform
+from dataset import CityscapesDataset, StepSampler, TrainingSamples, TrainTransform, train_batches
 from losses import diversity_loss
 from model import SegmentationNet, construct_PPNet
 from module import TrainingModule, choose_device
 from push import nearest_patches
 
 Row = dict[str, float | str]
+WHOLE_IMAGE = (1024, 2048)  # of Cityscapes
 
 
 def measure(work: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
@@ -178,12 +186,50 @@ def _module(config: Config, device: torch.device, phase: int) -> TrainingModule:
     return module
 
 
+def _joint(config: Config) -> int:
+    """The phase that trains most."""
+    phases = config.training.phases
+    return max(range(len(phases)), key=lambda i: len(phases[i].lr.trained))
+
+
+def _peak_memory(work: Callable[[], object], device: torch.device) -> Row:
+    """The memory that `work` takes, together with what it makes; on CUDA alone, where it can be told apart."""
+    if device.type != "cuda":
+        return {}
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    return {"peak MB": (torch.cuda.max_memory_allocated(device) - before) / 1e6}
+
+
+def _rate(work: Callable[[], object], device: torch.device, repeats: int, bfloat16: bool) -> Callable[[float], Row]:
+    """How to turn the milliseconds of `work` into operations a second, and their share of a large matrix product's."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    size = 8192 if device.type == "cuda" else 2048
+    matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16 if bfloat16 else torch.float32)
+    fastest = 2 * size**3 / measure({"": lambda: matrix @ matrix}, device, repeats)[""]
+    operations = counter.get_total_flops()
+
+    def row(ms: float) -> Row:
+        return {"TFLOP/s": operations / ms / 1e9, "share of matmul": operations / ms * 1000 / fastest}
+
+    return row
+
+
 def bench_step(config: Config, device: torch.device, repeats: int) -> list[Row]:
     """Forward and backward of the phase that trains most, prototype model against twin and backbone alone."""
-    phases = config.training.phases
-    phase = max(range(len(phases)), key=lambda i: len(phases[i].lr.trained))
+    phase = _joint(config)
     images, labels = _batch(config, config.dataset.crop_size)
-    prototype, twin = (_module(_random(config, head=head), device, phase) for head in ("prototype", "linear"))
+    heads = {"twin (linear head)": "linear", "prototype model": "prototype"}
+    peaks = {
+        name: _peak_memory(
+            lambda head=head: _step(_module(_random(config, head=head), device, phase), images, labels), device
+        )
+        for name, head in heads.items()
+    }
+    twin, prototype = (_module(_random(config, head=head), device, phase) for head in heads.values())
     backbone = twin.model.features.backbone
     on_device = images.to(device, memory_format=torch.channels_last)
 
@@ -202,7 +248,10 @@ def bench_step(config: Config, device: torch.device, repeats: int) -> list[Row]:
         device,
         repeats,
     )
-    return [{**row, "images/s": 1000 * len(images) / row["ms"]} for row in rows]
+    rate = _rate(lambda: _step(prototype, images, labels), device, repeats, prototype.use_bfloat16)
+    rows = [{**row, "images/s": 1000 * len(images) / row["ms"], **peaks.get(row["what"], {})} for row in rows]
+    rows[1] |= rate(rows[1]["ms"])
+    return rows
 
 
 def _step(module: TrainingModule, images: Tensor, labels: Tensor) -> None:
@@ -228,6 +277,73 @@ def _same_weights(first: TrainingModule, config: Config, device: torch.device, p
     return module
 
 
+def bench_batches(config: Config, device: torch.device, repeats: int) -> list[Row]:
+    """An update of the phase that trains most, from small batches or from one of all their images."""
+    training, phase = config.training, _joint(config)
+    large = dataclasses.replace(training, batch_size=training.batch_size * training.iter_size, iter_size=1)
+    modules = {}
+    for setting in (training, large):
+        changed = dataclasses.replace(config, training=setting)
+        name = f"batch_size {setting.batch_size}, iter_size {setting.iter_size}"
+        modules[name] = _module(_random(changed), device, phase), _batch(changed, config.dataset.crop_size)
+
+    def update(module: TrainingModule, batch: tuple[Tensor, Tensor]) -> None:
+        for step in range(module.config.training.iter_size):
+            module.step = step
+            module.training_step(*batch)
+
+    rows = compare({name: (lambda m=m: update(*m)) for name, m in modules.items()}, device, repeats)
+    return [
+        {**row, "images/s": 1000 * large.batch_size / row["ms"], **_peak_memory(lambda m=m: update(*m), device)}
+        for row, m in zip(rows, modules.values(), strict=True)
+    ]
+
+
+def bench_profile(config: Config, device: torch.device, repeats: int) -> list[Row]:
+    """Where the joint step spends its time: operations by their own time on the device, the first 20."""
+    images, labels = _batch(config, config.dataset.crop_size)
+    module = _module(_random(config), device, _joint(config))
+    _step(module, images, labels)
+    on_cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]) as profiled:
+        for _ in range(repeats):
+            _step(module, images, labels)
+    times = {
+        event.key: (event.self_device_time_total if on_cuda else event.self_cpu_time_total, event.count)
+        for event in profiled.key_averages()
+    }
+    total = sum(time for time, _ in times.values())
+    first = sorted(times.items(), key=lambda item: -item[1][0])[:20]
+    return [
+        {"what": name, "ms": time / 1000 / repeats, "share": time / total, "calls": count / repeats}
+        for name, (time, count) in first
+    ]
+
+
+@torch.no_grad()
+def bench_evaluate(config: Config, device: torch.device, repeats: int) -> list[Row]:
+    """Labels of a whole image of Cityscapes' size, 1024x2048, from logits of every pixel."""
+    image = torch.randn(1, 3, *WHOLE_IMAGE, generator=torch.Generator().manual_seed(0))
+    image = image.to(device, memory_format=torch.channels_last)
+    twin, prototype = (_module(_random(config, head=head), device, _joint(config)) for head in ("linear", "prototype"))
+
+    def labels(module: TrainingModule) -> Tensor:
+        with module.autocast():
+            return module.model.eval().predict(image).argmax(1)
+
+    def backbone_alone() -> Tensor:
+        with twin.autocast():
+            return twin.model.eval().features.backbone(image)
+
+    work: dict[str, Callable[[], object]] = {
+        "twin (linear head)": lambda: labels(twin),
+        "prototype model": lambda: labels(prototype),
+        "backbone alone": backbone_alone,
+    }
+    rows = compare(work, device, repeats)
+    return [{**row, "images/s": 1000 / row["ms"], **_peak_memory(work[row["what"]], device)} for row in rows]
+
+
 def bench_schedule(config: Config, device: torch.device, repeats: int) -> list[Row]:
     """Hours of each phase: its steps times the measured time of one; validation, push and loading come on top."""
     seconds = {row["what"]: row["ms"] / 1000 for row in bench_phases(config, device, repeats)}
@@ -242,7 +358,7 @@ def bench_schedule(config: Config, device: torch.device, repeats: int) -> list[R
 
 
 def bench_loader(config: Config, device: torch.device, repeats: int) -> list[Row]:
-    """A training sample of a 1024x2048 PNG pair in this process, against decoding the two files."""
+    """A training sample of a 1024x2048 PNG pair against decoding its two files, and samples a second by workers."""
     with tempfile.TemporaryDirectory() as folder:
         data = dataclasses.replace(config.dataset, name="cityscapes", root=folder)
         _write_pair(Path(folder))
@@ -251,7 +367,7 @@ def bench_loader(config: Config, device: torch.device, repeats: int) -> list[Row
         cached = TrainingSamples(CityscapesDataset(data, "train"), TrainTransform(config.dataset), 0, 0)
         cached.dataset.keep_decoded()
         epochs = iter(range(10_000))
-        return compare(
+        rows = compare(
             {
                 "decode both files": lambda: [Image.open(path).load() for path in (image, label)],
                 "training sample": lambda: samples[next(epochs), 0],
@@ -260,6 +376,25 @@ def bench_loader(config: Config, device: torch.device, repeats: int) -> list[Row
             torch.device("cpu"),
             max(repeats, 20),
         )
+        counts = [n for n in (1, 2, 4, 8, 16) if n <= max(1, os.cpu_count() or 1)]
+        for kind, source in (("PNG", samples), ("the cache", cached)):
+            for workers in (0, *counts):
+                rate = _samples_per_second(source, workers, 10 * max(repeats, 4))
+                rows.append({"what": f"from {kind}, {workers} workers", "samples/s": rate})
+        return rows
+
+
+def _samples_per_second(samples: TrainingSamples, workers: int, count: int) -> float:
+    warmup = 1 + 2 * workers  # until every worker has started, and its first batches are taken
+    sampler = StepSampler(len(samples.dataset), 1, 0, 0)
+    sampler.first, sampler.last = 0, warmup + count
+    batches = train_batches(samples, sampler, workers)
+    for _ in range(warmup):
+        next(batches)
+    started = time.perf_counter()
+    for _ in batches:
+        pass
+    return count / (time.perf_counter() - started)
 
 
 def _write_pair(root: Path) -> None:
@@ -283,6 +418,9 @@ COMMANDS = {
     "push": bench_push,
     "step": bench_step,
     "phases": bench_phases,
+    "batches": bench_batches,
+    "profile": bench_profile,
+    "evaluate": bench_evaluate,
     "loader": bench_loader,
     "schedule": bench_schedule,
 }

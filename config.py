@@ -138,6 +138,7 @@ class SystemConfig:
     device: str = "auto"
     num_workers: int = 4
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool = False
     timeout: float = 300.0
 
 

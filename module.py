@@ -100,6 +100,8 @@ class TrainingModule:
     def __init__(self, config: Config, model: SegmentationNet, device: torch.device):
         self.config, self.device = config, device
         self.model = model.to(device, memory_format=torch.channels_last)
+        if config.system.compile:  # in place: names in checkpoints stay as they are
+            self.model.features.backbone.compile()
         self.use_bfloat16 = config.system.precision == "bfloat16" or (
             config.system.precision == "auto" and device.type == "cuda"
         )

@@ -36,8 +36,11 @@ def test_naive_push_equals_the_search():
     np.testing.assert_array_equal(naive, found.numpy())
 
 
-@pytest.mark.parametrize("command", ["diversity", "step", "phases", "loader", "schedule"])
-def test_every_command_prints_and_writes_a_table(command, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "command", ["diversity", "step", "phases", "batches", "profile", "evaluate", "loader", "schedule"]
+)
+def test_every_command_prints_and_writes_a_table(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "WHOLE_IMAGE", (64, 128))
     benchmark.main([command, *SMALL, "--json", str(tmp_path / "out.json")])
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     printed = capsys.readouterr().out
@@ -51,3 +54,17 @@ def test_step_times_cover_what_each_phase_trains():
         for row in benchmark.bench_phases(benchmark.load_config(SMALL[1], SMALL[5::2]), torch.device("cpu"), 1)
     }
     assert rows == {"warmup", "joint", "finetune"}
+
+
+def test_operations_are_those_of_the_products():
+    a, b = torch.rand(2, 64, 32), torch.rand(32, 16)
+    row = benchmark._rate(lambda: a @ b, torch.device("cpu"), 1, bfloat16=False)(ms=2.0)
+    assert row["TFLOP/s"] == pytest.approx(2 * (2 * 64 * 32 * 16) / 2e-3 / 1e12)
+    assert row["share of matmul"] > 0
+
+
+def test_the_large_batch_has_the_images_of_one_update():
+    config = benchmark.load_config(SMALL[1], ["dataset.crop_size=33", "training.batch_size=1", "training.iter_size=3"])
+    small, large = benchmark.bench_batches(config, torch.device("cpu"), 1)
+    assert (small["what"], large["what"]) == ("batch_size 1, iter_size 3", "batch_size 3, iter_size 1")
+    assert small["images/s"] * small["ms"] == pytest.approx(large["images/s"] * large["ms"]) == 3000

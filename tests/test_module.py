@@ -457,3 +457,37 @@ def test_bfloat16_on_request(workdir):
 def test_every_batch_norm_of_the_network_is_in_the_backbone(workdir):
     norms = [n for n, m in make(1).model.named_modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms and all(name.startswith("features.backbone.") for name in norms)
+
+
+def test_a_compiled_backbone_computes_the_same_and_keeps_its_names(workdir, monkeypatch):
+    backends = []
+
+    def without_a_compiler(function, **how):  # the graph is captured, and run as it is
+        backends.append(how)
+        return original(function, backend="eager")
+
+    original = torch.compile
+    plain = make(1, "model.freeze_bn=true")
+    monkeypatch.setattr(torch, "compile", without_a_compiler)
+    compiled = make(1, "model.freeze_bn=true", "system.compile=true")
+    train(plain, 2), train(compiled, 2)
+    assert len(backends) == 1
+    assert compiled.take_averages() == pytest.approx(plain.take_averages())
+    weights = compiled.model.state_dict()
+    assert weights.keys() == plain.model.state_dict().keys()
+    for name, value in plain.model.state_dict().items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_one_large_batch_makes_the_update_of_several_small_ones(workdir):
+    """As long as every image has as many labelled cells, and without the terms that are means over other things."""
+    how = ("model.freeze_bn=true", "training.loss_weights.diversity=0")
+    small = make(1, *how, "training.iter_size=2")
+    large = make(1, *how, "training.iter_size=1")
+    batches = [batch(seed) for seed in range(2)]
+    batches = [(images, labels.masked_fill(labels == IGNORE, 0)) for images, labels in batches]
+    for images, labels in batches:
+        small.training_step(images, labels)
+    large.training_step(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+    for (name, one), other in zip(small.optimizer.state.items(), large.optimizer.state.values(), strict=True):
+        torch.testing.assert_close(one["exp_avg"], other["exp_avg"], rtol=1e-3, atol=1e-7, msg=str(name.shape))

@@ -1,0 +1,95 @@
+"""What only a GPU can show: pytest -m cuda. Skipped where there is none."""
+
+import pytest
+import torch
+
+import push
+from checkpoint import load_checkpoint
+from losses import diversity_loss
+from model import squared_distances
+from module import TrainingModule, load_model
+from tests.test_module import batch, copied, make
+from tests.tiny import RandomImages
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+
+def on_gpu(phase: int, *overrides: str) -> TrainingModule:
+    """The model of `make` on the GPU; float32 unless said."""
+    trainer = make(phase, "model.freeze_bn=true", *overrides)
+    moved = TrainingModule(trainer.config, trainer.model, torch.device("cuda"))
+    moved.begin_phase(phase)
+    return moved
+
+
+@pytest.mark.parametrize("phase", [0, 1, 2])
+def test_a_step_is_that_of_the_cpu(workdir, phase):
+    how = ("system.precision=float32", "training.iter_size=1")
+    cpu, gpu = make(phase, "model.freeze_bn=true", *how), on_gpu(phase, *how)
+    for trainer in (cpu, gpu):
+        trainer.training_step(*batch())
+    assert gpu.take_averages() == pytest.approx(cpu.take_averages(), rel=1e-3)
+    for one, other in zip(cpu.optimizer.state.values(), gpu.optimizer.state.values(), strict=True):
+        torch.testing.assert_close(other["exp_avg"].cpu(), one["exp_avg"], rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("phase", [0, 1, 2])
+def test_a_step_does_not_wait_for_the_gpu(workdir, phase):
+    trainer = on_gpu(phase)
+    pinned = [values.pin_memory() for values in batch()]
+    trainer.training_step(*pinned)  # the first one sets up libraries, and may wait
+    trainer._pending = None  # the check of the loss before waits on purpose, for a step that is done by then
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.training_step(*pinned)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_bfloat16_is_the_default_and_distances_stay_float32(workdir):
+    trainer = on_gpu(1)
+    assert trainer.use_bfloat16
+    images = batch()[0].cuda()
+    with torch.no_grad(), trainer.autocast():
+        output = trainer.model(images)
+        features = trainer.model.conv_features(images)
+    assert output.distances.dtype == output.logits.dtype == torch.float32
+    exact = squared_distances(features.double(), trainer.model.prototype_vectors.double())
+    torch.testing.assert_close(output.distances.double(), exact, rtol=1e-3, atol=1e-3)
+
+
+def test_the_diversity_loss_is_that_of_the_cpu():
+    generator = torch.Generator().manual_seed(0)
+    distances = torch.rand(2, 12, 9, 9, generator=generator) * 4
+    labels = torch.randint(0, 4, (2, 9, 9), generator=generator)
+    labels[labels == 3] = 255
+    results = []
+    for device in ("cpu", "cuda"):
+        values = distances.to(device).requires_grad_()
+        loss = diversity_loss(values, labels.to(device), torch.arange(12) // 4)
+        loss.backward()
+        results.append((loss.detach().cpu(), values.grad.cpu()))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-7)
+
+
+def test_push_and_validation_are_those_of_the_cpu(workdir):
+    how = ("system.precision=float32",)
+    cpu, gpu = make(1, "model.freeze_bn=true", *how), on_gpu(1, *how)
+    data = RandomImages(3, classes=6)
+    assert torch.equal(gpu.validate(data).counts.cpu(), cpu.validate(data).counts)
+    ours, theirs = (push.find_nearest(t.model, data, t.device) for t in (cpu, gpu))
+    assert torch.equal(ours.image, theirs.image.cpu()) and torch.equal(ours.cell, theirs.cell.cpu())
+    torch.testing.assert_close(theirs.vector.cpu(), ours.vector, rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_on_the_gpu_leaves_files_that_a_cpu_reads(workdir):
+    import train
+
+    train.main(["--config", "tiny.yaml", "--set", "system.device=cuda"])
+    state = load_checkpoint("models/final_checkpoint.pth")
+    assert all(value.device.type == "cpu" for value in state["model"].values())
+    model, _, _ = load_model("models/final_checkpoint.pth")
+    assert copied(model).keys() == state["model"].keys()
