@@ -127,6 +127,7 @@ class TrainingConfig:
     weight_decay: float = 5e-4
     poly_power: float = 0.9
     loss_weights: LossWeights = field(default_factory=LossWeights)
+    class_weights: tuple[float, ...] = ()
     log_every: int = 50
     val_every: int = 2_000
     checkpoint_every: int = 1_000
@@ -397,6 +398,9 @@ def _inconsistencies(config: Config) -> typing.Iterator[tuple[str, str]]:
         yield "model.num_classes", f"labels are 8 bit and {IGNORE} means ignore: want at most {IGNORE}"
     yield from _size_problems(data, model)
     yield from _prototype_problems(model)
+    weights = training.class_weights
+    if weights and (len(weights) != model.num_classes or min(weights) < 0 or max(weights) <= 0):
+        yield "training.class_weights", f"want {model.num_classes} weights of at least 0, or none, got {list(weights)}"
     yield from _phase_problems(training)
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", system.device):
         yield "system.device", f"want auto, cpu, mps, cuda or cuda:N, got {system.device!r}"

@@ -567,6 +567,15 @@ def check_split(dataset: SegmentationDataset) -> SplitReport:
     return SplitReport(len(dataset), faults, bins[: dataset.num_classes], int(bins[IGNORE]))
 
 
+def balanced_weights(class_pixels: np.ndarray) -> np.ndarray:
+    """One over the square root of each class's share of the pixels (C,), 1 for the most frequent class.
+
+    A class that never occurs counts as if it had one pixel.
+    """
+    pixels = class_pixels.clip(min=1)
+    return np.sqrt(pixels.max() / pixels)
+
+
 def _check_item(dataset: SegmentationDataset, index: int) -> tuple[str | None, np.ndarray]:
     try:
         _, label = dataset.read(index)
@@ -585,11 +594,13 @@ def main(argv: list[str] | None = None) -> None:
     config = load_config(arguments.config, arguments.overrides)
     splits = dict.fromkeys((config.dataset.train_split, config.dataset.val_split))
     datasets = [open_dataset(config.dataset, split) for split in splits]
-    faults = 0
+    faults, reports = 0, []
     for dataset in datasets:
-        report = check_split(dataset)
+        reports.append(report := check_split(dataset))
         faults += len(report.faults)
         _print_report(dataset, report)
+    weights = ", ".join(f"{weight:.3g}" for weight in balanced_weights(reports[0].class_pixels))
+    print(f"to balance the classes: training.class_weights: [{weights}]")
     if datasets[0].num_classes != config.model.num_classes:
         faults += 1
         print(f"model.num_classes is {config.model.num_classes}, the data set has {datasets[0].num_classes} classes")

@@ -13,15 +13,24 @@ from torch import Tensor
 from config import IGNORE
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
     """Mean cross-entropy over the labelled cells; 0 with zero gradient if there are none.
 
-    logits (B, C, h, w) float, labels (B, h, w) int64 in 0..C-1 or 255.
+    logits (B, C, h, w) float, labels (B, h, w) int64 in 0..C-1 or 255; class_weights (C,): the mean is weighted with
+    that of each cell's class.
     """
     # Sum and count instead of the built-in mean: that one is NaN for a batch without labels, and its CUDA kernel
     # has no deterministic form.
-    per_cell = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
-    return per_cell.sum() / (labels != IGNORE).sum().clamp(min=1)
+    per_cell = F.cross_entropy(logits, labels, class_weights, ignore_index=IGNORE, reduction="none")
+    return per_cell.sum() / labelled_weight(labels, class_weights).clamp(min=1e-12)
+
+
+def labelled_weight(labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
+    """What the mean of `cross_entropy` divides by: the number of labelled cells, or the sum of their weights."""
+    is_labelled = labels != IGNORE
+    if class_weights is None:
+        return is_labelled.sum()
+    return (class_weights[torch.where(is_labelled, labels, 0)] * is_labelled).sum()
 
 
 def l1_loss(last_layer_weight: Tensor, prototype_class: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import distributed
 from checkpoint import CheckpointError, load_checkpoint
 from config import IGNORE, Config, ConfigError, LossWeights, PhaseConfig, UserError, config_from_dict, override_config
 from dataset import SegmentationDataset, own_images
-from losses import counted_pairs, cross_entropy, diversity_loss, l1_loss
+from losses import counted_pairs, cross_entropy, diversity_loss, l1_loss, labelled_weight
 from metrics import ConfusionMatrix
 from model import PPNet, PPNetOutput, SegmentationNet, cell_labels, construct_PPNet, multi_scale_outputs
 
@@ -102,6 +102,8 @@ class TrainingModule:
         self.model = model.to(device, memory_format=torch.channels_last)
         if config.system.compile:  # in place: names in checkpoints stay as they are
             self.model.features.backbone.compile()
+        weights = config.training.class_weights
+        self._class_weights = torch.tensor(weights, device=device) if weights else None
         self.use_bfloat16 = config.system.precision == "bfloat16" or (
             config.system.precision == "auto" and device.type == "cuda"
         )
@@ -177,7 +179,8 @@ class TrainingModule:
         terms = {name: torch.zeros((), device=self.device) for name in LOSS_NAMES}
         for output in outputs:
             cells = cell_labels(labels, output.logits.shape[2:], self.model.output_stride)
-            loss = cross_entropy(output.logits, cells) * _share((cells != IGNORE).sum())
+            loss = cross_entropy(output.logits, cells, self._class_weights)
+            loss = loss * _share(labelled_weight(cells, self._class_weights))
             terms["cross_entropy"] = terms["cross_entropy"] + loss / len(outputs)
             if output.distances is not None and weight.diversity:
                 loss = diversity_loss(output.distances, cells, self._prototype_class)
@@ -303,7 +306,7 @@ def _share(count: Tensor) -> Tensor | float:
     mean over all their terms: 1 in a single process."""
     if distributed.size() == 1:
         return 1.0
-    return count * distributed.size() / distributed.total(count.clone()).clamp(min=1)
+    return count * distributed.size() / distributed.total(count.clone()).clamp(min=1e-12)
 
 
 def load_weights(model: SegmentationNet, state: dict[str, Tensor]) -> None:

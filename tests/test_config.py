@@ -91,7 +91,9 @@ def test_the_last_of_two_overrides_wins(tmp_path):
 
 def test_plain_values_and_yaml_lead_back_to_the_same_configuration(tmp_path):
     changed = load(
-        tmp_path, "model: {msc_scales: [0.5, 0.75], freeze_bn: true}", "training.phases.2.lr.last_layer=1e-7"
+        tmp_path,
+        f"model: {{msc_scales: [0.5, 0.75], freeze_bn: true}}\ntraining: {{class_weights: {[1.5] * 19}}}",
+        "training.phases.2.lr.last_layer=1e-7",
     )
     for config in (Config(), changed):
         assert config_from_dict(config_to_dict(config)) == config
@@ -127,6 +129,11 @@ REFUSED = {
     "number for text": ("paths: {model_dir: 3}", "paths.model_dir: want text, got 3"),
     "text for a boolean": ("dataset: {flip: 'yes'}", "dataset.flip: want true or false, got 'yes'"),
     "not a number": ("training: {weight_decay: .nan}", "training.weight_decay: want a finite number, got nan"),
+    "too few class weights": ("training: {class_weights: [1, 2]}", "training.class_weights: want 19 weights"),
+    "negative class weight": (
+        "{model: {num_classes: 2, prototype_shape: [2, 8, 1, 1]}, training: {class_weights: [1, -2]}}",
+        "training.class_weights: want 2 weights of at least 0",
+    ),
     "infinity": ("model: {distance_scale: .inf}", "model.distance_scale: want a finite number, got inf"),
     "overflow": ("model: {distance_scale: 1e999}", "model.distance_scale: want a finite number, got inf"),
     "negative": ("training: {weight_decay: -1e-4}", "training.weight_decay: want at least 0, got -0.0001"),

@@ -21,6 +21,7 @@ from dataset import (
     StepSampler,
     TrainingSamples,
     TrainTransform,
+    balanced_weights,
     build_dataset,
     denormalize,
     eval_batches,
@@ -566,6 +567,17 @@ def test_the_check_has_nothing_against_a_good_tree_and_counts_its_classes(tree, 
         share = 100 * (labels == c).sum().item() / len(labels)
         assert f"  {class_name:<16}{share:6.2f} %" in out
     assert f"  {'(ignored)':<16}{100 * (labels == IGNORE).sum().item() / len(labels):6.2f} %" in out
+
+
+def test_the_check_suggests_class_weights(tmp_path, capsys):
+    assert balanced_weights(np.array([400, 100, 0, 4])).tolist() == [1, 2, 20, 10]
+    trees.folder(tmp_path)
+    check(config_for("folder", tmp_path))
+    data = load("folder", tmp_path)
+    labels = torch.cat([data[i][1].flatten() for i in range(len(data))])
+    pixels = [(labels == c).sum().item() for c in range(data.num_classes)]
+    weights = ", ".join(f"{(max(pixels) / count) ** 0.5:.3g}" for count in pixels)
+    assert f"training.class_weights: [{weights}]" in capsys.readouterr().out
 
 
 def test_the_check_names_a_class_that_never_occurs(tmp_path, capsys):

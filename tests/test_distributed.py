@@ -27,6 +27,7 @@ training:
   iter_size: 2
   log_every: 1
   val_every: 10
+  class_weights: [1, 2, 3, 1, 2, 3]
   phases:
     - {name: warmup, steps: 20, lr: {add_on: 1e-5, prototypes: 1e-5, last_layer: 1e-5}}
     - {name: joint, steps: 20, schedule: poly, push: true, lr: {backbone: 1e-6, add_on: 1e-5, prototypes: 1e-5}}

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from losses import cross_entropy, diversity_loss, l1_loss
+from losses import cross_entropy, diversity_loss, l1_loss, labelled_weight
 from tests import make_golden
 
 GOLDEN = dict(np.load(Path(__file__).parent / "data" / "golden.npz"))
@@ -44,6 +44,19 @@ def test_the_golden_file_is_what_its_script_makes():
 def test_golden_cross_entropy():
     loss = cross_entropy(tensor("logits"), tensor("labels", torch.int64))
     np.testing.assert_allclose(loss.item(), GOLDEN["cross_entropy"], rtol=1e-5)
+
+
+def test_class_weights_are_those_of_torch():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 4, 3, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 4, (2, 3, 5), generator=generator)
+    labels[0, 0] = IGNORE
+    weights = torch.tensor([0.5, 2.0, 0.0, 7.0], dtype=torch.float64)
+    ours, theirs = cross_entropy(logits, labels, weights), F.cross_entropy(logits, labels, weights, ignore_index=IGNORE)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (ours, theirs)))
+    assert cross_entropy(logits, torch.full_like(labels, IGNORE), weights) == 0
+    assert labelled_weight(labels, weights) == sum(float(weights[i]) for i in labels[labels != IGNORE])
 
 
 def test_golden_l1():

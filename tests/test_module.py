@@ -491,3 +491,15 @@ def test_one_large_batch_makes_the_update_of_several_small_ones(workdir):
     large.training_step(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
     for (name, one), other in zip(small.optimizer.state.items(), large.optimizer.state.values(), strict=True):
         torch.testing.assert_close(one["exp_avg"], other["exp_avg"], rtol=1e-3, atol=1e-7, msg=str(name.shape))
+
+
+def test_class_weights_weigh_the_cross_entropy(workdir):
+    weights = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    plain, weighted = make(1), make(1, f"training.class_weights={weights}")
+    images, labels = batch()
+    for trainer, expected in ((plain, None), (weighted, torch.tensor(weights))):
+        outputs = multi_scale_outputs(trainer.model, images, ())[:1]
+        cells = cell_labels(labels, outputs[0].logits.shape[2:])
+        terms = trainer.loss_terms(outputs, labels)
+        theirs = torch.nn.functional.cross_entropy(outputs[0].logits, cells, expected, ignore_index=IGNORE)
+        torch.testing.assert_close(terms["cross_entropy"], theirs)
