@@ -105,6 +105,11 @@ def machine_trouble(error: OSError | MemoryError | RuntimeError) -> OSError | No
             " shared memory (docker: --shm-size=8g), or too few open files (ulimit -n 4096)."
             " Without such processes: --set system.num_workers=0. What was saved is whole: --resume auto"
         )
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return OSError(
+            f"torch.compile failed ({first_line[:200]}). It needs a C++ compiler, and Triton for a GPU;"
+            " without it: --set system.compile=false"
+        )
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
         return OSError(
             f"not enough memory ({first_line[:200]}). Smaller: --set training.batch_size=1, or a smaller"

@@ -570,10 +570,9 @@ def check_split(dataset: SegmentationDataset) -> SplitReport:
 def balanced_weights(class_pixels: np.ndarray) -> np.ndarray:
     """One over the square root of each class's share of the pixels (C,), 1 for the most frequent class.
 
-    A class that never occurs counts as if it had one pixel.
+    A class that never occurs gets 1, too: no cell is ever weighted with it.
     """
-    pixels = class_pixels.clip(min=1)
-    return np.sqrt(pixels.max() / pixels)
+    return np.sqrt(class_pixels.max(initial=1) / np.where(class_pixels, class_pixels, class_pixels.max(initial=1)))
 
 
 def _check_item(dataset: SegmentationDataset, index: int) -> tuple[str | None, np.ndarray]:
@@ -599,8 +598,6 @@ def main(argv: list[str] | None = None) -> None:
         reports.append(report := check_split(dataset))
         faults += len(report.faults)
         _print_report(dataset, report)
-    weights = ", ".join(f"{weight:.3g}" for weight in balanced_weights(reports[0].class_pixels))
-    print(f"to balance the classes: training.class_weights: [{weights}]")
     if datasets[0].num_classes != config.model.num_classes:
         faults += 1
         print(f"model.num_classes is {config.model.num_classes}, the data set has {datasets[0].num_classes} classes")
@@ -609,6 +606,8 @@ def main(argv: list[str] | None = None) -> None:
     if config.dataset.cache == "disk":
         for dataset in datasets:
             dataset.keep_decoded()
+    weights = ", ".join(f"{weight:.3g}" for weight in balanced_weights(reports[0].class_pixels))
+    print(f"to give rare classes more weight: training.class_weights: [{weights}]")
     print(f"{config.dataset.name}: no faults. Next: python train.py --config {arguments.config}")
 
 

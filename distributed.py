@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from command import stop_flag
+
 
 def start(timeout: float) -> None:
     """Join the other processes that torchrun started, if it did."""
@@ -80,6 +82,17 @@ def gathered_objects(value: object) -> list:
     return values
 
 
+def agree_on_stop() -> int:
+    """The signal that any process of the run was sent, or 0; afterwards all of them know of it.
+
+    Never set back: a signal may have come while the others were asked.
+    """
+    agreed = highest(stop_flag.signum or 0)
+    if agreed:
+        stop_flag.signum = agreed
+    return agreed
+
+
 def wait_for_all() -> None:
     """Go on when every process has come here."""
     highest(0)
@@ -114,5 +127,6 @@ def _reported() -> Iterator[None]:
     except RuntimeError as error:
         raise OSError(
             f"process {os.environ.get('RANK', '?')}: another process of this run died or hangs"
-            f" ({str(error).strip().splitlines()[0][:160]}). When it is mended, go on with --resume auto"
+            f" ({str(error).strip().splitlines()[0][:160]}). When it is mended: the same command again, or, if it was"
+            " training, with --resume auto"
         ) from None

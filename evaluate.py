@@ -68,7 +68,8 @@ def sliding_logits(classify: Callable[[Tensor], Tensor], images: Tensor, window:
     total = count = 0
     for top in tops:
         for left in lefts:
-            stop_flag.raise_if_set()
+            if distributed.size() == 1:
+                stop_flag.raise_if_set()
             logits = classify(images[..., top : top + sizes[0], left : left + sizes[1]])
             around = [left, images.shape[3] - left - sizes[1], top, images.shape[2] - top - sizes[0]]
             around = [pixels // stride for pixels in around]
@@ -135,6 +136,9 @@ def evaluate(module: TrainingModule, dataset: SegmentationDataset, view: View, e
     explained = Explained(module, dataset) if isinstance(module.model, PPNet) and view.is_plain else None
     matrix, tallies, worst = ConfusionMatrix(dataset.num_classes, module.device), {}, []
     for index, image, label in own_images(dataset, module.config.system.num_workers, dataset.split):
+        if index < len(dataset) // distributed.size() * distributed.size():  # as many times in every process
+            distributed.agree_on_stop()
+            stop_flag.raise_if_set()
         image = image.to(module.device, non_blocking=True, memory_format=torch.channels_last)
         classes, distances = label_image(module, image, view)
         label = label.to(module.device, non_blocking=True)
@@ -155,8 +159,6 @@ def evaluate(module: TrainingModule, dataset: SegmentationDataset, view: View, e
     worst = _worst([item for part in distributed.gathered_objects(worst) for item in part])
     if export is not None:
         export.written = dict(item for part in distributed.gathered_objects(export.written) for item in part.items())
-    stop_flag.signum = distributed.highest(stop_flag.signum or 0) or None
-    stop_flag.raise_if_set()
     return Evaluation(dataset, matrix, torch.stack([tallies[i] for i in range(len(dataset))]), worst, explanations)
 
 
@@ -208,7 +210,9 @@ def evaluate_checkpoint(path: Path, arguments: argparse.Namespace) -> tuple[Eval
     dataset = build_dataset(config, arguments.split or config.dataset.val_split)
     export = Export(dataset, arguments.export) if arguments.export else None
     view = View(arguments.tta, arguments.sliding)
-    distributed.wait_for_all()  # nobody writes before everybody has seen that the folder is empty
+    if export is not None:
+        distributed.wait_for_all()  # nobody writes before everybody has seen that the folder is empty
+        export.images.mkdir(parents=True, exist_ok=True)
     result = evaluate(module, dataset, view, export)
     if export is not None and distributed.rank() == 0:
         print(f"packed and checked {len(dataset)} images: {export.finish()}")

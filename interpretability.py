@@ -14,7 +14,7 @@ from torch import Tensor
 
 import distributed
 from config import IGNORE
-from losses import pair_similarities
+from losses import class_pairs, pair_similarities
 from model import PPNet
 from push import nearer, neighbours_of_all, no_neighbours
 
@@ -92,12 +92,10 @@ class Explanations:
         self.top = torch.zeros(count, dtype=torch.int64, device=device)
         self.agreement = torch.zeros(self.depth, dtype=torch.float64, device=device)
         self.deleted = torch.zeros(2, self.depth + 1, dtype=torch.float64, device=device)
-        nothing = torch.full((1, 1, 1), IGNORE, device=device)
-        _, has_pairs, self.pairs = pair_similarities(
-            torch.zeros(1, count, 1, 1, device=device), nothing, self.class_on_cpu
-        )
-        self.pair_sums = torch.zeros(has_pairs.shape[1:], dtype=torch.float64, device=device)
-        self.pair_counts = torch.zeros(has_pairs.shape[1:], dtype=torch.int64, device=device)
+        pairs = class_pairs(self.class_on_cpu, device)
+        self.pairs = pairs.pairs
+        self.pair_sums = torch.zeros(pairs.exist.shape, dtype=torch.float64, device=device)
+        self.pair_counts = torch.zeros(pairs.exist.shape, dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def update(self, index: int, distances: Tensor, noisy_distances: Tensor, cells: Tensor) -> None:
@@ -140,10 +138,9 @@ class Explanations:
     def merge(self) -> None:
         """Add up what the processes of a run have seen; all of them have to call it."""
         self.neighbours = neighbours_of_all(self.neighbours)
-        for sums in (self.cells, self.explaining, self.unchanged, self.top, self.agreement, self.deleted):
+        counts = (self.cells, self.explaining, self.unchanged, self.top, self.pair_counts)
+        for sums in (*counts, self.agreement, self.deleted, self.pair_sums):
             distributed.total(sums)
-        distributed.total(self.pair_sums)
-        distributed.total(self.pair_counts)
 
     def summary(self) -> dict | None:
         """The metrics as plain numbers and lists; None without a labelled cell.
@@ -176,7 +173,7 @@ class Explanations:
             "purity": float(purity.mean()),
             "impure": (purity < 0.5).nonzero().flatten().tolist(),
             "similarity": float(self.pair_sums.sum() / self.pair_counts.sum().clamp(min=1)),
-            "duplicates": self.pairs[(pair_means > ALIKE).cpu()].tolist(),
+            "duplicates": self.pairs[pair_means > ALIKE].tolist(),
             "explaining": float(self.explaining / self.cells),
             "zeros": zero_connections(self.model.last_layer.weight, self.model.prototype_class),
             "agreement": (self.agreement / self.cells).tolist(),

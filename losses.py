@@ -6,6 +6,9 @@ Source: Sacha et al., "ProtoSeg: Interpretable Semantic Segmentation with Protot
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,9 +41,7 @@ def l1_loss(last_layer_weight: Tensor, prototype_class: Tensor) -> Tensor:
 
     last_layer_weight (C, P) float, prototype_class (P,) int64.
     """
-    classes = torch.arange(len(last_layer_weight), device=prototype_class.device)
-    is_other = (classes[:, None] != prototype_class).to(last_layer_weight.device)
-    return (last_layer_weight.abs() * is_other).sum()
+    return (last_layer_weight.abs() * other_connections(prototype_class, last_layer_weight)).sum()
 
 
 def diversity_loss(distances: Tensor, labels: Tensor, prototype_class: Tensor) -> Tensor:
@@ -53,7 +54,7 @@ def diversity_loss(distances: Tensor, labels: Tensor, prototype_class: Tensor) -
 
     A cell has one class, so only the K prototypes of that class matter to it: everything below is (B, K, cells),
     not (B, P, cells), and the gradient at another class's cells is exactly zero. `prototype_class` may stay on the
-    CPU; then a step on a GPU waits for nothing here.
+    CPU; then a GPU is waited for only the first time, when the tables that derive from it are made.
     """
     similarity, has_pairs, _ = pair_similarities(distances, labels, prototype_class)
     return (similarity * has_pairs).sum() / has_pairs.sum().clamp(min=1)
@@ -66,7 +67,7 @@ def pair_similarities(distances: Tensor, labels: Tensor, prototype_class: Tensor
     and at least 2 cells); and pairs (C, pairs, 2), which prototypes they are. C is the largest class of
     `prototype_class` plus 1.
     """
-    members, is_member = (table.to(distances.device) for table in _members(prototype_class))
+    members, first, second, pairs, exist = class_pairs(prototype_class, distances.device)
     labels = labels.flatten(1)  # (B, N) cells
     of_class = labels[..., None] == torch.arange(len(members), device=labels.device)  # (B, N, C)
     counted = of_class.any(2)  # not ignored, and of a class that has prototypes
@@ -77,32 +78,62 @@ def pair_similarities(distances: Tensor, labels: Tensor, prototype_class: Tensor
 
     log_v = own - _log_sum_exp(own, of_class, index)
     v = log_v.exp()
-    first, second = torch.triu_indices(members.shape[1], members.shape[1], 1, device=labels.device)
     # KL(p||q) + KL(q||p) = sum (p - q)(log p - log q): exact for near-identical distributions.
     jeffreys = 0.5 * (v[:, first] - v[:, second]) * (log_v[:, first] - log_v[:, second])  # (B, pairs, N)
     jeffreys = (jeffreys @ of_class).transpose(1, 2)  # (B, C, pairs): summed over the cells of each class
 
-    has_pairs = (of_class.sum(1) >= 2)[..., None] & (is_member[:, first] & is_member[:, second])
-    return (-jeffreys).exp(), has_pairs, torch.stack((members[:, first], members[:, second]), dim=2)
+    has_pairs = (of_class.sum(1) >= 2)[..., None] & exist
+    return (-jeffreys).exp(), has_pairs, pairs
 
 
 def counted_pairs(labels: Tensor, prototype_class: Tensor) -> Tensor:
     """How many terms the mean of `diversity_loss` has: labels (B, h, w), prototype_class (P,) -> scalar int64."""
-    members = torch.bincount(prototype_class)
-    cells = labels.flatten(1)[..., None] == torch.arange(len(members), device=labels.device)
-    pairs = (members * (members - 1) // 2).to(labels.device)
-    return ((cells.sum(1) >= 2) * pairs).sum()
+    exist = class_pairs(prototype_class, labels.device).exist
+    cells = labels.flatten(1)[..., None] == torch.arange(len(exist), device=labels.device)
+    return ((cells.sum(1) >= 2) * exist.sum(1)).sum()
 
 
-def _members(prototype_class: Tensor) -> tuple[Tensor, Tensor]:
-    """The prototypes of each class, (C, K) indices and whether an entry is one (classes may have fewer than K)."""
-    num_classes = int(prototype_class.max()) + 1
-    counts = torch.bincount(prototype_class, minlength=num_classes)
-    order = torch.argsort(prototype_class, stable=True)
-    slots = torch.arange(int(counts.max()), device=prototype_class.device)
-    start = counts.cumsum(0) - counts
+class ClassPairs(NamedTuple):
+    """Which prototypes belong together: tables that derive from `prototype_class` alone.
+
+    members (C, K) the prototypes of each class, K those of the largest; first, second (pairs,) columns of `members`;
+    pairs (C, pairs, 2) which prototypes these are; exist (C, pairs) whether the class has both of them.
+    """
+
+    members: Tensor
+    first: Tensor
+    second: Tensor
+    pairs: Tensor
+    exist: Tensor
+
+
+def class_pairs(prototype_class: Tensor, device: torch.device) -> ClassPairs:
+    """The tables of (P,) classes, on a device; made once."""
+    return _class_pairs(tuple(prototype_class.tolist()), device)
+
+
+@lru_cache(maxsize=8)
+def _class_pairs(classes: tuple[int, ...], device: torch.device) -> ClassPairs:
+    counts = torch.bincount(torch.tensor(classes))
+    order = torch.argsort(torch.tensor(classes), stable=True)
+    slots = torch.arange(int(counts.max()))
     is_member = slots < counts[:, None]
-    return order[(start[:, None] + slots).clamp(max=len(order) - 1)], is_member
+    start = counts.cumsum(0) - counts
+    members = order[(start[:, None] + slots).clamp(max=len(order) - 1)]
+    first, second = torch.triu_indices(len(slots), len(slots), 1)
+    pairs = torch.stack((members[:, first], members[:, second]), dim=2)
+    tables = members, first, second, pairs, is_member[:, first] & is_member[:, second]
+    return ClassPairs(*(table.to(device) for table in tables))
+
+
+def other_connections(prototype_class: Tensor, weight: Tensor) -> Tensor:
+    """Which connections of a last layer's weight (C, P) are between a prototype and another's class: (C, P) bool."""
+    return _other_connections(tuple(prototype_class.tolist()), len(weight), weight.device)
+
+
+@lru_cache(maxsize=8)
+def _other_connections(classes: tuple[int, ...], num_classes: int, device: torch.device) -> Tensor:
+    return (torch.arange(num_classes)[:, None] != torch.tensor(classes)).to(device)
 
 
 def _log_sum_exp(values: Tensor, of_class: Tensor, index: Tensor) -> Tensor:

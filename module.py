@@ -7,6 +7,7 @@ keep their statistics. Optimizer and freezing come from the same line of the con
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ import distributed
 from checkpoint import CheckpointError, load_checkpoint
 from config import IGNORE, Config, ConfigError, LossWeights, PhaseConfig, UserError, config_from_dict, override_config
 from dataset import SegmentationDataset, own_images
-from losses import counted_pairs, cross_entropy, diversity_loss, l1_loss, labelled_weight
+from losses import counted_pairs, cross_entropy, diversity_loss, l1_loss, labelled_weight, other_connections
 from metrics import ConfusionMatrix
 from model import PPNet, PPNetOutput, SegmentationNet, cell_labels, construct_PPNet, multi_scale_outputs
 
@@ -85,9 +86,7 @@ def soft_threshold(weight: nn.Parameter, prototype_class: Tensor, adam: torch.op
     group = next(g for g in adam.param_groups if any(p is weight for p in g["params"]))
     r = (state["exp_avg_sq"] / (1 - group["betas"][1] ** state["step"])).sqrt() + group["eps"]
     shrunk = weight.sign() * (weight.abs() - group["lr"] * strength / r).clamp(min=0)
-    classes = torch.arange(len(weight), device=prototype_class.device)
-    is_other = (classes[:, None] != prototype_class).to(weight.device)
-    weight.copy_(torch.where(is_other, shrunk, weight))
+    weight.copy_(torch.where(other_connections(prototype_class, weight), shrunk, weight))
 
 
 class TrainingModule:
@@ -100,8 +99,6 @@ class TrainingModule:
     def __init__(self, config: Config, model: SegmentationNet, device: torch.device):
         self.config, self.device = config, device
         self.model = model.to(device, memory_format=torch.channels_last)
-        if config.system.compile:  # in place: names in checkpoints stay as they are
-            self.model.features.backbone.compile()
         weights = config.training.class_weights
         self._class_weights = torch.tensor(weights, device=device) if weights else None
         self.use_bfloat16 = config.system.precision == "bfloat16" or (
@@ -109,7 +106,7 @@ class TrainingModule:
         )
         self.optimizer: torch.optim.Adam | None = None
         self.phase_index, self.step = 0, 0
-        self._pending: tuple[int, Tensor] | None = None
+        self._pending: tuple[int, Tensor, torch.cuda.Event | None] | None = None
 
     @property
     def phase(self) -> PhaseConfig:
@@ -133,9 +130,11 @@ class TrainingModule:
         self._sums = torch.zeros(len(LOSS_NAMES) + 2, dtype=torch.float64, device=self.device)
         self._batches = 0
         self._pending = None
-        # On the CPU, where asking for its largest class does not wait for the GPU.
+        # On the CPU, where looking up the tables that derive from it does not wait for the GPU.
         self._prototype_class = self.model.prototype_class.cpu() if isinstance(self.model, PPNet) else None
         self.model.train()
+        if self.config.system.compile and groups:  # in place: names in checkpoints stay as they are
+            self.model.features.backbone.compile()
         return bool(groups)
 
     def learning_rates(self) -> dict[str, float]:
@@ -146,7 +145,8 @@ class TrainingModule:
     def training_step(self, images: Tensor, labels: Tensor) -> None:
         """One batch: images (B, 3, H, W), labels (B, H, W). Every iter_size steps, and at the last, an update.
 
-        Nothing here waits for the GPU. Raises NotFiniteError if the loss of the batch before was not finite.
+        Nothing here waits for what the GPU does in this step. Raises NotFiniteError if the loss of the batch before
+        was not finite.
         """
         training = self.config.training
         # Whatever random numbers a layer draws are then a function of the step, and need no state in checkpoints.
@@ -160,9 +160,10 @@ class TrainingModule:
         # A sparse phase takes the L1 term out of the gradient: `soft_threshold` applies it after each update.
         total = weighted_sum(terms, dataclasses.replace(weights, l1=0.0) if self.is_sparse else weights)
         self.check_finite()
-        self._pending = (self.step, torch.stack([terms[name].detach() for name in LOSS_NAMES]))
+        losses = torch.stack([terms[name].detach() for name in LOSS_NAMES])
+        self._pending = self.step, *_on_its_way(losses)
         (total / training.iter_size).backward()
-        self._measure(outputs[-1].logits.detach(), labels)
+        self._measure(outputs[-1].logits.detach(), labels, losses)
         if (self.step + 1) % training.iter_size == 0 or self.step + 1 == self.phase.steps:
             for group, rate in zip(self.optimizer.param_groups, self.learning_rates().values(), strict=True):
                 group["lr"] = rate
@@ -180,28 +181,30 @@ class TrainingModule:
         for output in outputs:
             cells = cell_labels(labels, output.logits.shape[2:], self.model.output_stride)
             loss = cross_entropy(output.logits, cells, self._class_weights)
-            loss = loss * _share(labelled_weight(cells, self._class_weights))
+            loss = loss * _share(lambda cells=cells: labelled_weight(cells, self._class_weights))
             terms["cross_entropy"] = terms["cross_entropy"] + loss / len(outputs)
             if output.distances is not None and weight.diversity:
                 loss = diversity_loss(output.distances, cells, self._prototype_class)
-                loss = loss * _share(counted_pairs(cells, self._prototype_class))
+                loss = loss * _share(lambda cells=cells: counted_pairs(cells, self._prototype_class))
                 terms["diversity"] = terms["diversity"] + loss / sum(o.distances is not None for o in outputs)
         if isinstance(self.model, PPNet):
             terms["l1"] = l1_loss(self.model.last_layer.weight, self._prototype_class)
         return terms
 
-    def _measure(self, logits: Tensor, labels: Tensor) -> None:
+    def _measure(self, logits: Tensor, labels: Tensor, losses: Tensor) -> None:
         cells = cell_labels(labels, logits.shape[2:], self.model.output_stride)
         counts = torch.stack(((logits.argmax(1) == cells).sum(), (cells != IGNORE).sum()))
-        self._sums += torch.cat((self._pending[1], counts)).double()
+        self._sums += torch.cat((losses, counts)).double()
         self._batches += 1
 
     def check_finite(self) -> None:
         """Raise NotFiniteError, naming every term, if the last loss was NaN or infinite (its step is `error.step`)."""
         if self._pending is None:
             return
-        step, values = self._pending
+        step, values, is_there = self._pending
         self._pending = None
+        if is_there is not None:
+            is_there.synchronize()  # long done: it is of the step before
         terms = dict(zip(LOSS_NAMES, values.tolist(), strict=True))
         if not all(abs(value) < float("inf") for value in terms.values()):
             error = NotFiniteError(
@@ -301,12 +304,23 @@ def weighted_sum(terms: dict, weights: LossWeights):
     return sum(getattr(weights, name) * terms[name] for name in LOSS_NAMES)
 
 
-def _share(count: Tensor) -> Tensor | float:
+def _on_its_way(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A copy of values for the CPU, and the event after which it is there (None: it is)."""
+    if not values.is_cuda:
+        return values.cpu(), None
+    copy = values.to("cpu", non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return copy, event
+
+
+def _share(count: Callable[[], Tensor]) -> Tensor | float:
     """What a process's mean over `count` terms is multiplied with, so that averaging over the processes gives the
     mean over all their terms: 1 in a single process."""
     if distributed.size() == 1:
         return 1.0
-    return count * distributed.size() / distributed.total(count.clone()).clamp(min=1e-12)
+    own = count()
+    return own * distributed.size() / distributed.total(own.clone()).clamp(min=1e-12)
 
 
 def load_weights(model: SegmentationNet, state: dict[str, Tensor]) -> None:

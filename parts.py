@@ -136,5 +136,5 @@ class PartMetrics:
         return {
             "consistency": float(consistent[seen].double().mean()),
             "consistent": consistent.nonzero().flatten().tolist(),
-            "part_stability": float(self.stable / self.compared),
+            "part_stability": int(self.stable) / int(self.compared),
         }

@@ -251,10 +251,7 @@ class Run:
 
     def _stop_if_asked(self) -> None:
         """Raise Interrupted if any process was sent a signal: in all of them, at the same step."""
-        agreed = distributed.highest(stop_flag.signum or 0)
-        if agreed:  # never set back: a signal may have come while the others were asked
-            stop_flag.signum = agreed
-        if agreed and self._can_save():
+        if distributed.agree_on_stop() and self._can_save():
             stop_flag.raise_if_set()
 
     def _report(self, stage: Stage, bar: tqdm) -> None:

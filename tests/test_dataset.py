@@ -570,7 +570,7 @@ def test_the_check_has_nothing_against_a_good_tree_and_counts_its_classes(tree, 
 
 
 def test_the_check_suggests_class_weights(tmp_path, capsys):
-    assert balanced_weights(np.array([400, 100, 0, 4])).tolist() == [1, 2, 20, 10]
+    assert balanced_weights(np.array([400, 100, 0, 4])).tolist() == [1, 2, 1, 10]
     trees.folder(tmp_path)
     check(config_for("folder", tmp_path))
     data = load("folder", tmp_path)

@@ -153,7 +153,13 @@ def flat(value) -> dict:
 
 def test_two_processes_export_as_one(folder):
     write_cityscapes(folder / "own", "test")
-    model = ["dataset.name=cityscapes", "dataset.root=own", "model.num_classes=19", "model.prototype_shape=[38,8,1,1]"]
+    model = [
+        "training.class_weights=[]",
+        "dataset.name=cityscapes",
+        "dataset.root=own",
+        "model.num_classes=19",
+        "model.prototype_shape=[38,8,1,1]",
+    ]
     config = load_config(folder / "config.yaml", model)
     torch.manual_seed(0)
     weights = construct_PPNet(config.model).state_dict()
@@ -176,11 +182,13 @@ distributed.start(15)
 r = distributed.rank()
 
 def see(metrics, image):
-    values = torch.zeros(2, 3, 3)
-    values[image % 2, 1, 1] = 1
-    parts = np.zeros((17, 17), dtype=int)
-    parts[6:11, 6:11] = 1 + image % 3
-    metrics.update(values, values.flip(0) if image == 2 else values, torch.zeros(17, 17).long(), parts, 8)
+    values = torch.zeros(2, 5, 5)
+    values[:, 1 + image % 2, 2] = 1
+    parts = np.zeros((33, 33), dtype=int)
+    parts[6:11, 14:19] = 1
+    parts[14:19, 14:19] = 2
+    noisy = values.flip(1) if image == 2 else values
+    metrics.update(values, noisy, torch.zeros(33, 33).long(), parts, 8)
 
 own, whole = PartMetrics(torch.tensor([0, 0])), PartMetrics(torch.tensor([0, 0]))
 for image in range(5):
@@ -188,12 +196,21 @@ for image in range(5):
     if image % 2 == r:
         see(own, image)
 own.merge()
-assert whole.summary()["part_stability"] == 0.8, whole.summary()
+assert whole.summary()["part_stability"] == 0.8 and whole.hits.sum() == 10, (whole.summary(), whole.hits)
 assert own.summary() == whole.summary()
 assert torch.equal(own.hits, whole.hits) and torch.equal(own.images, whole.images)
 assert distributed.gathered_objects({r: "x" * r}) == [{0: ""}, {1: "x"}]
 """
     assert finish(start(folder, code, 2)) == [0, 0]
+
+
+def test_a_signal_to_one_stops_the_evaluation_of_both(folder):
+    short = ["training.phases.0.steps=2", "training.phases.1.steps=2", "training.phases.2.steps=2"]
+    assert finish(start(folder, train(*(a for value in short for a in ("--set", value))))) == [0]
+    code = "import signal, os, evaluate; real = evaluate.label_image; second = os.environ['RANK'] == '1';"
+    code += "evaluate.label_image = lambda *a: (second and os.kill(os.getpid(), signal.SIGTERM), real(*a))[1];"
+    code += evaluate("--checkpoint", "models/warmup_checkpoint.pth", "--set", "dataset.shapes.val_images=6")
+    assert finish(start(folder, code, 2)) == [143, 143]
 
 
 def test_a_killed_process_ends_the_other(folder):

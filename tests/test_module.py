@@ -312,7 +312,7 @@ def test_twenty_updates_on_four_images_learn_them(workdir):
 def test_a_loss_that_is_not_finite_is_found_at_the_next_step_and_every_term_named(workdir, monkeypatch):
     trainer = make(1)
     train(trainer, 1)
-    monkeypatch.setattr(module, "cross_entropy", lambda logits, cells: cross_entropy(logits, cells) * torch.nan)
+    monkeypatch.setattr(module, "cross_entropy", lambda *tensors: cross_entropy(*tensors) * torch.nan)
     train(trainer, 1)
     with pytest.raises(NotFiniteError, match="joint.*step 2.*cross_entropy = nan, l1 = .*, diversity = ") as caught:
         train(trainer, 1)
