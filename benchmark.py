@@ -34,11 +34,12 @@ import torch
 import torchvision
 from PIL import Image
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from command import add_config_arguments, run
-from config import IGNORE, Config, load_config
+from config import IGNORE, Config, ConfigError, TrainingConfig, load_config
 from dataset import CityscapesDataset, StepSampler, TrainingSamples, TrainTransform, train_batches
 from losses import diversity_loss
 from model import SegmentationNet, construct_PPNet
@@ -66,9 +67,9 @@ def _seconds(function: Callable[[], object], device: torch.device) -> float:
         function()
         return time.perf_counter() - started
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
+    start.record(torch.cuda.current_stream(device))
     function()
-    end.record()
+    end.record(torch.cuda.current_stream(device))
     torch.cuda.synchronize(device)
     return start.elapsed_time(end) / 1000
 
@@ -192,12 +193,13 @@ def _joint(config: Config) -> int:
     return max(range(len(phases)), key=lambda i: len(phases[i].lr.trained))
 
 
-def _peak_memory(work: Callable[[], object], device: torch.device) -> Row:
-    """The memory that `work` takes, together with what it makes; on CUDA alone, where it can be told apart."""
+def _peak_memory(make: Callable[[], Callable[[], object]], device: torch.device) -> Row:
+    """The memory at the height of some work, with the model that `make` makes for it; on CUDA alone."""
     if device.type != "cuda":
         return {}
-    torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(device)
+    work = make()
+    work()  # once without counting, for what libraries keep
     torch.cuda.reset_peak_memory_stats(device)
     work()
     return {"peak MB": (torch.cuda.max_memory_allocated(device) - before) / 1e6}
@@ -209,7 +211,10 @@ def _rate(work: Callable[[], object], device: torch.device, repeats: int, bfloat
         work()
     size = 8192 if device.type == "cuda" else 2048
     matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16 if bfloat16 else torch.float32)
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # the same numbers as the convolutions
     fastest = 2 * size**3 / measure({"": lambda: matrix @ matrix}, device, repeats)[""]
+    torch.backends.cuda.matmul.allow_tf32 = allowed
     operations = counter.get_total_flops()
 
     def row(ms: float) -> Row:
@@ -219,16 +224,19 @@ def _rate(work: Callable[[], object], device: torch.device, repeats: int, bfloat
 
 
 def bench_step(config: Config, device: torch.device, repeats: int) -> list[Row]:
-    """Forward and backward of the phase that trains most, prototype model against twin and backbone alone."""
+    """A step of the phase that trains most, prototype model against twin and backbone alone (forward and backward).
+
+    The memory is that of a step with an update, optimizer included; the share is of a large matrix product's rate.
+    """
     phase = _joint(config)
     images, labels = _batch(config, config.dataset.crop_size)
     heads = {"twin (linear head)": "linear", "prototype model": "prototype"}
-    peaks = {
-        name: _peak_memory(
-            lambda head=head: _step(_module(_random(config, head=head), device, phase), images, labels), device
-        )
-        for name, head in heads.items()
-    }
+
+    def update(head: str) -> Callable[[], object]:
+        module = _module(_random(config, head=head), device, phase)
+        return lambda: _step(module, images, labels, config.training.iter_size - 1)
+
+    peaks = {name: _peak_memory(lambda head=head: update(head), device) for name, head in heads.items()}
     twin, prototype = (_module(_random(config, head=head), device, phase) for head in heads.values())
     backbone = twin.model.features.backbone
     on_device = images.to(device, memory_format=torch.channels_last)
@@ -254,8 +262,8 @@ def bench_step(config: Config, device: torch.device, repeats: int) -> list[Row]:
     return rows
 
 
-def _step(module: TrainingModule, images: Tensor, labels: Tensor) -> None:
-    module.step = 0  # so that the schedule never ends
+def _step(module: TrainingModule, images: Tensor, labels: Tensor, number: int = 0) -> None:
+    module.step = number  # set each time, so that the schedule never ends
     module.training_step(images, labels)
 
 
@@ -280,23 +288,19 @@ def _same_weights(first: TrainingModule, config: Config, device: torch.device, p
 def bench_batches(config: Config, device: torch.device, repeats: int) -> list[Row]:
     """An update of the phase that trains most, from small batches or from one of all their images."""
     training, phase = config.training, _joint(config)
+    if training.iter_size == 1:
+        raise ConfigError("training.iter_size: 1 is one large batch already; set it to what it is compared with")
     large = dataclasses.replace(training, batch_size=training.batch_size * training.iter_size, iter_size=1)
-    modules = {}
-    for setting in (training, large):
+
+    def updates(setting: TrainingConfig) -> Callable[[], object]:
         changed = dataclasses.replace(config, training=setting)
-        name = f"batch_size {setting.batch_size}, iter_size {setting.iter_size}"
-        modules[name] = _module(_random(changed), device, phase), _batch(changed, config.dataset.crop_size)
+        module, batch = _module(_random(changed), device, phase), _batch(changed, config.dataset.crop_size)
+        return lambda: [_step(module, *batch, number) for number in range(setting.iter_size)]
 
-    def update(module: TrainingModule, batch: tuple[Tensor, Tensor]) -> None:
-        for step in range(module.config.training.iter_size):
-            module.step = step
-            module.training_step(*batch)
-
-    rows = compare({name: (lambda m=m: update(*m)) for name, m in modules.items()}, device, repeats)
-    return [
-        {**row, "images/s": 1000 * large.batch_size / row["ms"], **_peak_memory(lambda m=m: update(*m), device)}
-        for row, m in zip(rows, modules.values(), strict=True)
-    ]
+    settings = {f"batch_size {s.batch_size}, iter_size {s.iter_size}": s for s in (training, large)}
+    peaks = {name: _peak_memory(lambda s=setting: updates(s), device) for name, setting in settings.items()}
+    rows = compare({name: updates(setting) for name, setting in settings.items()}, device, repeats)
+    return [{**row, "images/s": 1000 * large.batch_size / row["ms"], **peaks[row["what"]]} for row in rows]
 
 
 def bench_profile(config: Config, device: torch.device, repeats: int) -> list[Row]:
@@ -311,6 +315,7 @@ def bench_profile(config: Config, device: torch.device, repeats: int) -> list[Ro
     times = {
         event.key: (event.self_device_time_total if on_cuda else event.self_cpu_time_total, event.count)
         for event in profiled.key_averages()
+        if event.device_type == DeviceType.CPU and not event.is_user_annotation  # not the same kernels once more
     }
     total = sum(time for time, _ in times.values())
     first = sorted(times.items(), key=lambda item: -item[1][0])[:20]
@@ -325,23 +330,25 @@ def bench_evaluate(config: Config, device: torch.device, repeats: int) -> list[R
     """Labels of a whole image of Cityscapes' size, 1024x2048, from logits of every pixel."""
     image = torch.randn(1, 3, *WHOLE_IMAGE, generator=torch.Generator().manual_seed(0))
     image = image.to(device, memory_format=torch.channels_last)
-    twin, prototype = (_module(_random(config, head=head), device, _joint(config)) for head in ("linear", "prototype"))
 
-    def labels(module: TrainingModule) -> Tensor:
-        with module.autocast():
-            return module.model.eval().predict(image).argmax(1)
+    def work(head: str, whole: bool = True) -> Callable[[], object]:
+        module = _module(_random(config, head=head), device, _joint(config))
+        model = module.model.eval()
 
-    def backbone_alone() -> Tensor:
-        with twin.autocast():
-            return twin.model.eval().features.backbone(image)
+        def label() -> Tensor:
+            with module.autocast():
+                return model.predict(image).argmax(1) if whole else model.features.backbone(image)
 
-    work: dict[str, Callable[[], object]] = {
-        "twin (linear head)": lambda: labels(twin),
-        "prototype model": lambda: labels(prototype),
-        "backbone alone": backbone_alone,
+        return label
+
+    makers = {
+        "twin (linear head)": lambda: work("linear"),
+        "prototype model": lambda: work("prototype"),
+        "backbone alone": lambda: work("linear", whole=False),
     }
-    rows = compare(work, device, repeats)
-    return [{**row, "images/s": 1000 / row["ms"], **_peak_memory(work[row["what"]], device)} for row in rows]
+    peaks = {name: _peak_memory(make, device) for name, make in makers.items()}
+    rows = compare({name: make() for name, make in makers.items()}, device, repeats)
+    return [{**row, "images/s": 1000 / row["ms"], **peaks[row["what"]]} for row in rows]
 
 
 def bench_schedule(config: Config, device: torch.device, repeats: int) -> list[Row]:
@@ -379,7 +386,7 @@ def bench_loader(config: Config, device: torch.device, repeats: int) -> list[Row
         counts = [n for n in (1, 2, 4, 8, 16) if n <= max(1, os.cpu_count() or 1)]
         for kind, source in (("PNG", samples), ("the cache", cached)):
             for workers in (0, *counts):
-                rate = _samples_per_second(source, workers, 10 * max(repeats, 4))
+                rate = _samples_per_second(source, workers, 10 * max(repeats, 4, 3 * workers))
                 rows.append({"what": f"from {kind}, {workers} workers", "samples/s": rate})
         return rows
 
@@ -392,9 +399,11 @@ def _samples_per_second(samples: TrainingSamples, workers: int, count: int) -> f
     for _ in range(warmup):
         next(batches)
     started = time.perf_counter()
-    for _ in batches:
-        pass
-    return count / (time.perf_counter() - started)
+    for _ in range(count):
+        next(batches)
+    seconds = time.perf_counter() - started
+    batches.close()
+    return count / seconds
 
 
 def _write_pair(root: Path) -> None:

@@ -12,7 +12,7 @@ from push import nearest_patches
 
 SMALL = [
     "--config", "configs/demo.yaml", "--repeats", "1",
-    "--set", "dataset.crop_size=33", "--set", "training.batch_size=1", "--set", "training.iter_size=1",
+    "--set", "dataset.crop_size=33", "--set", "training.batch_size=1", "--set", "training.iter_size=2",
 ]  # fmt: skip
 
 
@@ -61,6 +61,11 @@ def test_operations_are_those_of_the_products():
     row = benchmark._rate(lambda: a @ b, torch.device("cpu"), 1, bfloat16=False)(ms=2.0)
     assert row["TFLOP/s"] == pytest.approx(2 * (2 * 64 * 32 * 16) / 2e-3 / 1e12)
     assert row["share of matmul"] > 0
+
+
+def test_one_large_batch_is_not_compared_with_itself():
+    with pytest.raises(benchmark.ConfigError, match="iter_size: 1 is one large batch already"):
+        benchmark.main(["batches", *SMALL, "--set", "training.iter_size=1"])
 
 
 def test_the_large_batch_has_the_images_of_one_update():

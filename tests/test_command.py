@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import command
 from checkpoint import CheckpointError, RunInUseError
@@ -20,7 +21,7 @@ MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 SCRIPTS = {"train", "evaluate", "prune", "explain", "benchmark", "example_usage", "download_voc", "download_datasets"}
 MAY_IMPORT = {
     "config": set(),
-    "distributed": {"config"},
+    "distributed": {"config", "command"},
     "losses": {"config"},
     "metrics": {"config", "distributed"},
     "checkpoint": {"config"},
@@ -59,6 +60,11 @@ def leave(error, capsys):
 )
 def test_an_error_is_one_line_and_an_exit_code(no_handlers, capsys, error, code):
     assert leave(error, capsys) == (code, "error: this\n")
+
+
+def test_a_failed_compilation_names_the_setting(no_handlers, capsys):
+    code, error = leave(torch._dynamo.exc.TorchDynamoException("no g++"), capsys)
+    assert code == 4 and "torch.compile failed" in error and "--set system.compile=false" in error
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
