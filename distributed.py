@@ -1,10 +1,12 @@
 """Several processes as one run: the few lines that make everything work under `torchrun`.
 
     torchrun --nproc_per_node 4 train.py                                          one machine, four GPUs
+    torchrun --nproc_per_node 4 evaluate.py --checkpoint FILE                     the same for an evaluation
     torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py      two machines
 
 Without torchrun there is one process, and every function here returns at once. Every wait has a bound: a process
-that died or hangs ends the others within `system.timeout` seconds, with exit code 4 and checkpoints that are whole.
+that died or hangs ends the others within `system.timeout` seconds, with exit code 4 (NCCL, which was not tried, may
+abort them instead) and checkpoints that are whole.
 """
 
 from __future__ import annotations
