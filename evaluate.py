@@ -212,7 +212,7 @@ def evaluate_checkpoint(path: Path, arguments: argparse.Namespace) -> tuple[Eval
     view = View(arguments.tta, arguments.sliding)
     if export is not None:
         distributed.wait_for_all()  # nobody writes before everybody has seen that the folder is empty
-        export.images.mkdir(parents=True, exist_ok=True)
+        export.images.mkdir(parents=True, exist_ok=True)  # before the work, should it not be possible
     result = evaluate(module, dataset, view, export)
     if export is not None and distributed.rank() == 0:
         print(f"packed and checked {len(dataset)} images: {export.finish()}")

@@ -34,8 +34,7 @@ class ExportError(UserError):
 class Export:
     """A submission that grows image by image: `write` each, then `finish` packs and checks it.
 
-    folder: where it goes; it must be new or empty, so that nothing of an older submission gets in. Its subfolder
-    `images` has to be made before the first `write`. Raises ConfigError
+    folder: where it goes; it must be new or empty, so that nothing of an older submission gets in. Raises ConfigError
     for a folder with files in it, and for a data set without a server.
     """
 
@@ -56,6 +55,7 @@ class Export:
         picture = Image.fromarray(ids)
         if self.name == "pascal":
             picture.putpalette([channel for color in self.dataset.mapping.palette for channel in color])
+        self.images.mkdir(parents=True, exist_ok=True)
         path = self.images / f"{self.dataset.paths(index)[0].stem.removesuffix('_leftImg8bit')}.png"
         picture.save(path)
         self.written[path.relative_to(self.folder).as_posix()] = (picture.size, zlib.crc32(ids.tobytes()))
