@@ -11,6 +11,7 @@ abort them instead) and checkpoints that are whole.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ def start(timeout: float) -> None:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with _reported():
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    atexit.register(dist.destroy_process_group)  # else Python may abort at its end, with a thread of gloo still running
 
 
 def rank() -> int:
