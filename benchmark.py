@@ -205,8 +205,8 @@ def _peak_memory(make: Callable[[], Callable[[], object]], device: torch.device)
     return {"peak MB": (torch.cuda.max_memory_allocated(device) - before) / 1e6}
 
 
-def _rate(work: Callable[[], object], device: torch.device, repeats: int, bfloat16: bool) -> Callable[[float], Row]:
-    """How to turn the milliseconds of `work` into operations a second, and their share of a large matrix product's."""
+def _rate(work: Callable[[], object], ms: float, device: torch.device, repeats: int, bfloat16: bool) -> Row:
+    """Operations a second of `work`, which takes `ms`, and their share of what a large matrix product reaches."""
     with FlopCounterMode(display=False) as counter:
         work()
     size = 8192 if device.type == "cuda" else 2048
@@ -215,12 +215,8 @@ def _rate(work: Callable[[], object], device: torch.device, repeats: int, bfloat
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # the same numbers as the convolutions
     fastest = 2 * size**3 / measure({"": lambda: matrix @ matrix}, device, repeats)[""]
     torch.backends.cuda.matmul.allow_tf32 = allowed
-    operations = counter.get_total_flops()
-
-    def row(ms: float) -> Row:
-        return {"TFLOP/s": operations / ms / 1e9, "share of matmul": operations / ms * 1000 / fastest}
-
-    return row
+    reached = 1000 * counter.get_total_flops() / ms
+    return {"TFLOP/s": reached / 1e12, "share of matmul": reached / fastest}
 
 
 def bench_step(config: Config, device: torch.device, repeats: int) -> list[Row]:
@@ -256,9 +252,9 @@ def bench_step(config: Config, device: torch.device, repeats: int) -> list[Row]:
         device,
         repeats,
     )
-    rate = _rate(lambda: _step(prototype, images, labels), device, repeats, prototype.use_bfloat16)
     rows = [{**row, "images/s": 1000 * len(images) / row["ms"], **peaks.get(row["what"], {})} for row in rows]
-    rows[1] |= rate(rows[1]["ms"])
+    step = rows[1]  # of the prototype model
+    step |= _rate(lambda: _step(prototype, images, labels), step["ms"], device, repeats, prototype.use_bfloat16)
     return rows
 
 
@@ -331,20 +327,20 @@ def bench_evaluate(config: Config, device: torch.device, repeats: int) -> list[R
     image = torch.randn(1, 3, *WHOLE_IMAGE, generator=torch.Generator().manual_seed(0))
     image = image.to(device, memory_format=torch.channels_last)
 
-    def work(head: str, whole: bool = True) -> Callable[[], object]:
+    def on_image(head: str, work: Callable[[SegmentationNet], Tensor]) -> Callable[[], Tensor]:
         module = _module(_random(config, head=head), device, _joint(config))
-        model = module.model.eval()
+        module.model.eval()
 
-        def label() -> Tensor:
+        def under_autocast() -> Tensor:
             with module.autocast():
-                return model.predict(image).argmax(1) if whole else model.features.backbone(image)
+                return work(module.model)
 
-        return label
+        return under_autocast
 
     makers = {
-        "twin (linear head)": lambda: work("linear"),
-        "prototype model": lambda: work("prototype"),
-        "backbone alone": lambda: work("linear", whole=False),
+        "twin (linear head)": lambda: on_image("linear", lambda model: model.predict(image).argmax(1)),
+        "prototype model": lambda: on_image("prototype", lambda model: model.predict(image).argmax(1)),
+        "backbone alone": lambda: on_image("linear", lambda model: model.features.backbone(image)),
     }
     peaks = {name: _peak_memory(make, device) for name, make in makers.items()}
     rows = compare({name: make() for name, make in makers.items()}, device, repeats)

@@ -83,6 +83,7 @@ class SegmentationDataset(Dataset):
 
     @property
     def num_classes(self) -> int:
+        """C: how many classes the labels can have."""
         return len(self.mapping.names)
 
     def __len__(self) -> int:
@@ -275,6 +276,7 @@ class ShapesDataset(SegmentationDataset):
         return [(Path(f"scene {self.split} {i:05d}"), None) for i in range(count)]
 
     def read(self, index: int) -> tuple[Image.Image, Image.Image]:
+        """A scene drawn anew: RGB image, and label with classes (mode L)."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         return shapes.draw_scene(self.config.shapes.image_size, self.streams[self.split], index)
@@ -572,7 +574,8 @@ def balanced_weights(class_pixels: np.ndarray) -> np.ndarray:
 
     A class that never occurs gets 1, too: no cell is ever weighted with it.
     """
-    return np.sqrt(class_pixels.max(initial=1) / np.where(class_pixels, class_pixels, class_pixels.max(initial=1)))
+    most = class_pixels.max()
+    return np.sqrt(most / np.where(class_pixels, class_pixels, most))
 
 
 def _check_item(dataset: SegmentationDataset, index: int) -> tuple[str | None, np.ndarray]:

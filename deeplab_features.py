@@ -52,6 +52,7 @@ class DeepLabFeatures(nn.Module):
             load_pretrained(self.backbone, backbone, pretrained)
 
     def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, D, h, w), cell (i, j) at pixel (8i, 8j)."""
         return self.aspp(self.backbone(images))
 
 
@@ -68,6 +69,7 @@ class ASPP(nn.Module):
             nn.init.zeros_(branch.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, D, h, w), C and D the channels in and out."""
         return sum(branch(x) for branch in self.branches)
 
 

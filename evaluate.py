@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import ChainMap
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -155,10 +156,10 @@ def evaluate(module: TrainingModule, dataset: SegmentationDataset, view: View, e
                 explained.update(index, image, label, distances)
     explanations = explained.summary() if explained is not None else None
     distributed.total(matrix.counts)
-    tallies = dict(item for part in distributed.gathered_objects(tallies) for item in part.items())
+    tallies = ChainMap(*distributed.gathered_objects(tallies))
     worst = _worst([item for part in distributed.gathered_objects(worst) for item in part])
     if export is not None:
-        export.written = dict(item for part in distributed.gathered_objects(export.written) for item in part.items())
+        export.written = ChainMap(*distributed.gathered_objects(export.written))
     return Evaluation(dataset, matrix, torch.stack([tallies[i] for i in range(len(dataset))]), worst, explanations)
 
 
@@ -212,7 +213,6 @@ def evaluate_checkpoint(path: Path, arguments: argparse.Namespace) -> tuple[Eval
     view = View(arguments.tta, arguments.sliding)
     if export is not None:
         distributed.wait_for_all()  # nobody writes before everybody has seen that the folder is empty
-        export.images.mkdir(parents=True, exist_ok=True)  # before the work, should it not be possible
     result = evaluate(module, dataset, view, export)
     if export is not None and distributed.rank() == 0:
         print(f"packed and checked {len(dataset)} images: {export.finish()}")

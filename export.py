@@ -45,6 +45,7 @@ class Export:
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise ConfigError(f"--export: {self.folder} is not empty; name a new folder")
         self.images = self.folder / (VOC_FOLDER if self.name == "pascal" else "")
+        self.folder.mkdir(parents=True, exist_ok=True)  # stays empty until the first image: other processes look, too
         file_ids = {c: i for i, c in dataset.mapping.id_to_class.items() if c != IGNORE}
         self.id_of_class = np.array([file_ids[c] for c in range(dataset.num_classes)], dtype=np.uint8)
         self.written: dict[str, tuple[tuple[int, int], int]] = {}  # name in the archive: size, checksum of the ids

@@ -37,6 +37,7 @@ class Subject(NamedTuple):
 
     @property
     def scales_note(self) -> list[str]:
+        """What a page says of a model with several input scales, a sentence or nothing."""
         scales = self.config.model.msc_scales
         if not scales:
             return []

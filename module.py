@@ -110,6 +110,7 @@ class TrainingModule:
 
     @property
     def phase(self) -> PhaseConfig:
+        """The phase that is trained."""
         return self.config.training.phases[self.phase_index]
 
     @property
@@ -181,11 +182,11 @@ class TrainingModule:
         for output in outputs:
             cells = cell_labels(labels, output.logits.shape[2:], self.model.output_stride)
             loss = cross_entropy(output.logits, cells, self._class_weights)
-            loss = loss * _share(lambda cells=cells: labelled_weight(cells, self._class_weights))
+            loss = loss * _share(labelled_weight, cells, self._class_weights)
             terms["cross_entropy"] = terms["cross_entropy"] + loss / len(outputs)
             if output.distances is not None and weight.diversity:
                 loss = diversity_loss(output.distances, cells, self._prototype_class)
-                loss = loss * _share(lambda cells=cells: counted_pairs(cells, self._prototype_class))
+                loss = loss * _share(counted_pairs, cells, self._prototype_class)
                 terms["diversity"] = terms["diversity"] + loss / sum(o.distances is not None for o in outputs)
         if isinstance(self.model, PPNet):
             terms["l1"] = l1_loss(self.model.last_layer.weight, self._prototype_class)
@@ -314,12 +315,12 @@ def _on_its_way(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     return copy, event
 
 
-def _share(count: Callable[[], Tensor]) -> Tensor | float:
-    """What a process's mean over `count` terms is multiplied with, so that averaging over the processes gives the
-    mean over all their terms: 1 in a single process."""
+def _share(count: Callable[..., Tensor], *arguments) -> Tensor | float:
+    """What a process's mean over `count(*arguments)` terms is multiplied with, so that averaging over the processes
+    gives the mean over all their terms: 1 in a single process."""
     if distributed.size() == 1:
         return 1.0
-    own = count()
+    own = count(*arguments)
     return own * distributed.size() / distributed.total(own.clone()).clamp(min=1e-12)
 
 

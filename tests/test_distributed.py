@@ -67,8 +67,8 @@ def train(*arguments: str) -> str:
     return f"import train, command, sys; sys.argv = ['train.py', *{list(arguments)!r}]; command.run(train.main)"
 
 
-def finish(processes: list[subprocess.Popen]) -> list[int]:
-    outputs = [process.communicate(timeout=180)[0] for process in processes]
+def finish(processes: list[subprocess.Popen], timeout: float = 180) -> list[int]:
+    outputs = [process.communicate(timeout=timeout)[0] for process in processes]
     codes = [process.returncode for process in processes]
     assert not any("Traceback" in output for output in outputs), outputs
     return codes

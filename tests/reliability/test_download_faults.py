@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import zipfile
 from pathlib import Path
@@ -25,6 +26,8 @@ import sources
 from command import stop_flag
 from download import DownloadError, arriving, fetch, unpack
 from tests.archive_server import make_tar, make_zip, noise, publish_voc, serving, tree
+
+OUTSIDE = f"{tempfile.gettempdir()}/protoseg-evil"  # where no archive may write
 
 ROOT = Path(__file__).parents[2]
 BODY = noise(5000)
@@ -94,7 +97,7 @@ BAD_NAMES = {
     "parent": "../evil",
     "parent inside": "top/../../evil",
     "parent of a sibling": "top/../other/evil",
-    "absolute": "/tmp/protoseg-evil",
+    "absolute": OUTSIDE,
     "backslash": "top\\..\\..\\evil",
     "newline": "top/a\nb",
     "escape": "top/a\x1b[2J",
@@ -108,7 +111,7 @@ MALICIOUS = {
     **{f"tar: {case}": tar_with((name, REG, EVIL)) for case, name in BAD_NAMES.items()},
     **{f"zip: {case}": zip_with(name) for case, name in BAD_NAMES.items() if case != "duplicate"},
     "tgz: parent": tar_with(("../evil", REG, EVIL), mode="w:gz"),
-    "tgz: absolute": tar_with(("/tmp/protoseg-evil", REG, EVIL), mode="w:gz"),
+    "tgz: absolute": tar_with((OUTSIDE, REG, EVIL), mode="w:gz"),
     "tgz: symlink": tar_with(("top/link", tarfile.SYMTYPE, LINK), mode="w:gz"),
     "tar: not UTF-8": tar_with(("top/\udcff\udcfe", REG, EVIL)),
     "tar: symlink": tar_with(("top/link", tarfile.SYMTYPE, LINK)),
@@ -145,7 +148,7 @@ def test_row_13_malicious_archives(tmp_path, monkeypatch, case):
             unpack(archive, "top", folder)
     one_line(caught.value)
     assert tree(tmp_path) == before and os.listdir(tmp_path / "root") == []
-    assert not Path("/tmp/protoseg-evil").exists()
+    assert not Path(OUTSIDE).exists()
 
 
 def test_row_13_what_is_not_wanted_is_not_judged_by_its_kind(tmp_path):
