@@ -466,7 +466,8 @@ def main(argv: list[str] | None = None) -> None:
     config = load_config(arguments.config, arguments.overrides)
     device = choose_device(config.system.device)
     rows = COMMANDS[arguments.command](config, device, arguments.repeats)
-    print(f"{arguments.command}: {COMMANDS[arguments.command].__doc__}\n{machine(device)}")
+    summary = COMMANDS[arguments.command].__doc__.splitlines()[0]
+    print(f"{arguments.command}: {summary}\n{machine(device)}")
     print_table(rows)
     if arguments.json:
         result = {"command": arguments.command, "machine": machine(device), "rows": rows}
