@@ -81,6 +81,7 @@ class LossWeights:
     cross_entropy: float = 1.0
     l1: float = 1e-4
     diversity: float = 0.25
+    purity: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -388,6 +389,7 @@ def _inconsistencies(config: Config) -> typing.Iterator[tuple[str, str]]:
         ("training.loss_weights.cross_entropy", training.loss_weights.cross_entropy, 0),
         ("training.loss_weights.l1", training.loss_weights.l1, 0),
         ("training.loss_weights.diversity", training.loss_weights.diversity, 0),
+        ("training.loss_weights.purity", training.loss_weights.purity, 0),
         ("system.num_workers", system.num_workers, 0),
         ("system.timeout", system.timeout, 1),
     ):

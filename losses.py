@@ -1,4 +1,4 @@
-"""The three losses: pure functions of tensors, each a scalar, each 0 where it has nothing to say.
+"""The losses: pure functions of tensors, each a scalar, each 0 where it has nothing to say.
 
 B images, C classes, P prototypes, (h, w) feature cells. Labels are 0..C-1, 255 = ignore.
 Source: Sacha et al., "ProtoSeg: Interpretable Semantic Segmentation with Prototypical Parts" (WACV 2023), section 3.
@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import IGNORE
+
+SHARPNESS = 3.0  # of `purity_loss`: the power of the ratio of similarities
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
@@ -91,6 +93,37 @@ def counted_pairs(labels: Tensor, prototype_class: Tensor) -> Tensor:
     exist = class_pairs(prototype_class, labels.device).exist
     cells = labels.flatten(1)[..., None] == torch.arange(len(exist), device=labels.device)
     return ((cells.sum(1) >= 2) * exist.sum(1)).sum()
+
+
+def purity_loss(activations: Tensor, labels: Tensor, prototype_class: Tensor) -> Tensor:
+    """How near cells of other classes come to the prototypes, compared with cells of their own class.
+
+    For each prototype with cells of its own and of other classes in the batch, log(1 + exp(3 (b - a))), where a and b
+    are its highest activations at the ones and at the others; the loss is their mean, log 2 where both are alike. As
+    an activation is the logarithm of a similarity, this is log(1 + (other / own)^3). No such prototype: 0.
+    activations (B, P, h, w) float, labels (B, h, w), prototype_class (P,).
+
+    Own definition, not of the paper: a smooth form of "the nearest patch is of the prototype's class", the rule by
+    which `prune.py` judges it, in the spirit of the separation cost of ProtoPNet (Chen et al., NeurIPS 2019).
+    """
+    is_own, is_other = _own_and_other(labels, prototype_class.to(labels.device))
+    counts = is_own.any(1) & is_other.any(1)
+    activations = activations.transpose(0, 1).flatten(1)  # (P, N)
+    own, other = (activations.masked_fill(~where, -torch.inf).amax(1) for where in (is_own, is_other))
+    gap = torch.where(counts, other - own, 0)  # infinities where it does not count, which pass no gradient
+    return (F.softplus(SHARPNESS * gap) * counts).sum() / counts.sum().clamp(min=1)
+
+
+def counted_prototypes(labels: Tensor, prototype_class: Tensor) -> Tensor:
+    """How many terms the mean of `purity_loss` has: labels (B, h, w), prototype_class (P,) -> scalar int64."""
+    is_own, is_other = _own_and_other(labels, prototype_class.to(labels.device))
+    return (is_own.any(1) & is_other.any(1)).sum()
+
+
+def _own_and_other(labels: Tensor, prototype_class: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether each cell is of the prototype's class, and whether it is of another: (B, h, w), (P,) -> (P, N) bool."""
+    is_own = labels.flatten() == prototype_class[:, None]
+    return is_own, ~is_own & (labels.flatten() != IGNORE)
 
 
 class ClassPairs(NamedTuple):

@@ -18,7 +18,16 @@ import distributed
 from checkpoint import CheckpointError, load_checkpoint
 from config import IGNORE, Config, ConfigError, LossWeights, PhaseConfig, UserError, config_from_dict, override_config
 from dataset import SegmentationDataset, own_images
-from losses import counted_pairs, cross_entropy, diversity_loss, l1_loss, labelled_weight, other_connections
+from losses import (
+    counted_pairs,
+    counted_prototypes,
+    cross_entropy,
+    diversity_loss,
+    l1_loss,
+    labelled_weight,
+    other_connections,
+    purity_loss,
+)
 from metrics import ConfusionMatrix
 from model import PPNet, PPNetOutput, SegmentationNet, cell_labels, construct_PPNet, multi_scale_outputs
 
@@ -184,10 +193,18 @@ class TrainingModule:
             loss = cross_entropy(output.logits, cells, self._class_weights)
             loss = loss * _share(labelled_weight, cells, self._class_weights)
             terms["cross_entropy"] = terms["cross_entropy"] + loss / len(outputs)
-            if output.distances is not None and weight.diversity:
+            if output.distances is None:
+                continue
+            scales = sum(o.distances is not None for o in outputs)
+            if weight.diversity:
                 loss = diversity_loss(output.distances, cells, self._prototype_class)
                 loss = loss * _share(counted_pairs, cells, self._prototype_class)
-                terms["diversity"] = terms["diversity"] + loss / sum(o.distances is not None for o in outputs)
+                terms["diversity"] = terms["diversity"] + loss / scales
+            if weight.purity:
+                activations = self.model.activations(output.distances)
+                loss = purity_loss(activations, cells, self.model.prototype_class)
+                loss = loss * _share(counted_prototypes, cells, self.model.prototype_class)
+                terms["purity"] = terms["purity"] + loss / scales
         if isinstance(self.model, PPNet):
             terms["l1"] = l1_loss(self.model.last_layer.weight, self._prototype_class)
         return terms

@@ -65,6 +65,19 @@ def diversity(distances, labels, prototype_class):
     return float(np.mean(terms)) if terms else 0.0
 
 
+def purity(activations, labels, prototype_class):
+    """Mean of log(1 + exp(3 (highest elsewhere - highest at its own class))) over the prototypes that have both, and
+    how many those are."""
+    terms = []
+    for p, c in enumerate(prototype_class):
+        places = list(np.ndindex(labels.shape))
+        own = [activations[b, p, i, j] for b, i, j in places if labels[b, i, j] == c]
+        other = [activations[b, p, i, j] for b, i, j in places if labels[b, i, j] not in (c, IGNORE)]
+        if own and other:
+            terms.append(np.log(1 + np.exp(3 * (max(other) - max(own)))))
+    return float(np.mean(terms)) if terms else 0.0, len(terms)
+
+
 def nearest(distances, labels, prototype_class):
     """For each prototype the (image, row, column) of its class's nearest cell, and the distance; or -1 and inf."""
     places = np.full((len(prototype_class), 3), -1)

@@ -30,7 +30,7 @@ def test_the_defaults_are_cityscapes_as_published():
     assert (config.dataset.name, config.model.num_classes, config.dataset.crop_size) == ("cityscapes", 19, 513)
     assert config.model.prototype_shape == (190, 64, 1, 1) and config.model.backbone == "resnet101"
     assert (config.training.batch_size, config.training.iter_size) == (2, 5)
-    assert dataclasses.astuple(config.training.loss_weights) == (1.0, 1e-4, 0.25)
+    assert dataclasses.astuple(config.training.loss_weights) == (1.0, 1e-4, 0.25, 0.0)
     assert (config.training.weight_decay, config.training.poly_power) == (5e-4, 0.9)
     found = [(p.name, p.steps, p.schedule, p.push, p.lr.trained) for p in config.training.phases]
     head = {"add_on": 2.5e-4, "prototypes": 2.5e-4, "last_layer": 2.5e-4}

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from losses import cross_entropy, diversity_loss, l1_loss, labelled_weight
+from losses import counted_prototypes, cross_entropy, diversity_loss, l1_loss, labelled_weight, purity_loss
 from tests import make_golden
 
 GOLDEN = dict(np.load(Path(__file__).parent / "data" / "golden.npz"))
@@ -156,6 +156,43 @@ def test_diversity_without_a_pair_is_zero_with_zero_gradient(labels):
 
 def test_diversity_of_one_prototype_a_class_is_zero():
     assert_diversity_is_that_of_the_loops(*random_case(0, [0, 1, 2]))
+
+
+@pytest.mark.parametrize("prototype_class", [[0, 0, 1, 1, 2, 2], [0, 0, 0, 2, 1], [5, 1], [5]])
+def test_purity_loss_equals_the_loops(prototype_class):
+    for seed in range(3):
+        activations, labels, classes = random_case(seed, prototype_class, scale=4.0)
+        labels[0][labels[0] == 2] = 1  # class 2 is in the second image alone: the batch is searched, not an image
+        expected, count = make_golden.purity(activations.detach().numpy(), labels.numpy(), classes.numpy())
+        assert purity_loss(activations, labels, classes).item() == pytest.approx(expected, rel=1e-12)
+        assert counted_prototypes(labels, classes) == count == sum(c != 5 for c in prototype_class)
+
+
+def test_purity_loss_of_planted_cells():
+    labels = torch.tensor([[[0, 1, IGNORE]], [[0, 1, 1]]])
+    activations = torch.tensor([[[[1.0, 2.0, 99.0]]], [[[4.0, 3.0, 0.0]]]])  # highest: 4 at its own class, 3 elsewhere
+    assert purity_loss(activations, labels, torch.tensor([0])).item() == pytest.approx(np.log1p(np.exp(-3)))
+    assert purity_loss(activations, labels, torch.tensor([1])).item() == pytest.approx(np.log1p(np.exp(3)))
+    alike = torch.ones(2, 2, 1, 3)
+    assert purity_loss(alike, labels, torch.tensor([0, 1])).item() == pytest.approx(np.log(2))
+
+
+def test_purity_loss_gradient_equals_finite_differences_and_moves_two_cells_a_prototype():
+    activations, labels, prototype_class = random_case(1, [0, 0, 1, 2, 5])
+    assert torch.autograd.gradcheck(lambda a: purity_loss(a, labels, prototype_class), activations)
+    purity_loss(activations, labels, prototype_class).backward()
+    gradient = activations.grad.transpose(0, 1).flatten(1)
+    is_own = labels.flatten() == prototype_class[:, None]
+    assert (gradient[:4][is_own[:4]] <= 0).all() and (gradient[:4][~is_own[:4]] >= 0).all()
+    assert (gradient != 0).sum(1).tolist() == [2, 2, 2, 2, 0] and (gradient[:, labels.flatten() == IGNORE] == 0).all()
+
+
+@pytest.mark.parametrize("label", [IGNORE, 0, 7], ids=["all ignored", "one class", "a class without prototypes"])
+def test_purity_loss_without_two_classes_is_zero_with_zero_gradient(label):
+    activations = torch.rand(1, 2, 3, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    loss = purity_loss(activations, torch.full((1, 3, 3), label), torch.tensor([0, 1]))
+    loss.backward()
+    assert loss.item() == 0 and (activations.grad == 0).all()
 
 
 def test_cross_entropy_counts_labelled_cells_alone():

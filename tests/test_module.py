@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import module
 from checkpoint import CheckpointError, save_checkpoint
 from config import Config, ConfigError, config_to_dict
-from losses import cross_entropy, diversity_loss, l1_loss
+from losses import cross_entropy, diversity_loss, l1_loss, purity_loss
 from model import PPNet, cell_labels, construct_PPNet, multi_scale_outputs
 from module import (
     NotFiniteError,
@@ -187,7 +187,7 @@ def test_nothing_frozen_gets_a_gradient(workdir):
 
 
 def test_the_losses_of_a_step_are_those_of_the_functions(workdir):
-    trainer = make(1, "model.freeze_bn=true")
+    trainer = make(1, "model.freeze_bn=true", "training.loss_weights.purity=0.5")
     images, labels = batch()
     with torch.no_grad():
         logits, distances = trainer.model(images)
@@ -197,12 +197,14 @@ def test_the_losses_of_a_step_are_those_of_the_functions(workdir):
         "cross_entropy": cross_entropy(logits, cells).item(),
         "l1": l1_loss(trainer.model.last_layer.weight, classes).item(),
         "diversity": diversity_loss(distances, cells, classes).item(),
+        "purity": purity_loss(trainer.model.activations(distances), cells, classes).item(),
     }
     right, counted = (logits.argmax(1) == cells).sum().item(), (cells != IGNORE).sum().item()
     trainer.training_step(images, labels)
     averages = trainer.take_averages()
     assert {name: averages[name] for name in expected} == pytest.approx(expected, rel=1e-5)
     total = expected["cross_entropy"] + 1e-4 * expected["l1"] + 0.25 * expected["diversity"]
+    total += 0.5 * expected["purity"]
     assert averages["total"] == pytest.approx(total, rel=1e-5)
     assert averages["train_accuracy"] == right / counted
 
@@ -263,7 +265,8 @@ def test_the_poly_schedule(workdir):
 
 
 def test_a_multi_scale_step_averages_the_losses_over_scales_and_maximum(workdir):
-    trainer = make(1, "model.msc_scales=[0.5, 0.75]", "model.freeze_bn=true")
+    how = ("model.msc_scales=[0.5, 0.75]", "model.freeze_bn=true", "training.loss_weights.purity=1")
+    trainer = make(1, *how)
     images, labels = batch()
     with torch.no_grad():
         outputs = multi_scale_outputs(trainer.model, images, (0.5, 0.75))
@@ -274,14 +277,17 @@ def test_a_multi_scale_step_averages_the_losses_over_scales_and_maximum(workdir)
     diversity = np.mean(
         [diversity_loss(o.distances, c, classes).item() for o, c in zip(outputs[:3], cells, strict=False)]
     )
+    similarities = [trainer.model.activations(output.distances) for output in outputs[:3]]
+    purity = np.mean([purity_loss(s, c, classes).item() for s, c in zip(similarities, cells, strict=False)])
     before = copied(trainer.model)
     trainer.training_step(images, labels)
     trainer.training_step(images, labels)
     assert not torch.equal(trainer.model.prototype_vectors, before["prototype_vectors"])
-    trainer = make(1, "model.msc_scales=[0.5, 0.75]", "model.freeze_bn=true")
+    trainer = make(1, *how)
     trainer.training_step(images, labels)
     averages = trainer.take_averages()
-    assert (averages["cross_entropy"], averages["diversity"]) == pytest.approx((ce, diversity), rel=1e-5)
+    found = [averages[name] for name in ("cross_entropy", "diversity", "purity")]
+    assert found == pytest.approx([ce, diversity, purity], rel=1e-5)
 
 
 def test_the_twin_trains_with_cross_entropy_alone_and_has_nothing_to_finetune(workdir):

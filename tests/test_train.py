@@ -107,7 +107,7 @@ def test_metrics_have_the_columns_of_the_design_and_a_row_per_logged_step(workdi
     table = rows()
     assert list(table[0]) == [
         "phase", "step", "lr_backbone", "lr_add_on", "lr_prototypes", "lr_last_layer", "total", "cross_entropy", "l1",
-        "diversity", "train_accuracy", "val_miou", "images_per_second", "peak_memory_mb",
+        "diversity", "purity", "train_accuracy", "val_miou", "images_per_second", "peak_memory_mb",
     ]  # fmt: skip
     found = [(row["phase"], int(row["step"]), bool(row["val_miou"])) for row in table]
     assert found == [
