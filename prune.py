@@ -2,7 +2,7 @@
 
     python prune.py --checkpoint models/push_checkpoint.pth
     python prune.py --checkpoint models/push_checkpoint.pth --k 6 --threshold 3      the same, as published
-    python train.py --phase 2 --resume models/pruned_checkpoint.pth                   finetunes what is left
+    python train.py --resume models/pruned_checkpoint.pth                             trains on with what is left
 
 Of the k training patches nearest to a prototype (at most one an image, of any class) at least `threshold` must have
 its class, or it goes, with its column of the last layer. A class never loses its last prototype: its best one stays.
@@ -118,10 +118,9 @@ def main(argv: list[str] | None = None) -> None:
         },
     )
     print(f"{len(kept)} of {count} prototypes are left; val mIoU {before:.4f} before, {after:.4f} after -> {path}")
-    phase = min(state["phase"] + 1, len(config.training.phases) - 1)
-    print(
-        f"to finetune it, with the --config and --set of its training: python train.py --phase {phase} --resume {path}"
-    )
+    was_last = state["phase"] + 1 == len(config.training.phases)
+    again = f"--phase {state['phase']} " if was_last else ""
+    print(f"to train it further, with the --config and --set of its training: python train.py {again}--resume {path}")
 
 
 if __name__ == "__main__":

@@ -116,6 +116,32 @@ def test_what_goes_is_said_and_the_rest_is_finetuned(pushed, workdir, capsys):
     json.dumps(final["prototypes"])
 
 
+SETTLE = "{name: settle, steps: 2, push: true, lr: {backbone: 1e-2, prototypes: 1e-2, last_layer: 1e-2}}"
+
+
+@pytest.mark.parametrize(
+    ("pruned", "expected"),
+    [
+        ("joint_push", {"pruned_settle", "pruned_settle_push", "pruned_final"}),
+        ("final", {"pruned_final"}),
+    ],
+)
+def test_the_printed_command_trains_all_that_comes_after(workdir, capsys, pruned, expected):
+    lines = (workdir / "tiny.yaml").read_text().splitlines(keepends=True)
+    at = next(i for i, line in enumerate(lines) if "name: finetune" in line)
+    (workdir / "tiny.yaml").write_text("".join([*lines[:at], f"    - {SETTLE}\n", *lines[at:]]))
+    train.main(["--config", "tiny.yaml"])
+    plant(f"models/{pruned}_checkpoint.pth", 3)
+    prune.main(["--checkpoint", f"models/{pruned}_checkpoint.pth", *rule(1, 1)])
+    *_, printed = capsys.readouterr().out.splitlines()
+    train.main(["--config", "tiny.yaml", *printed.split("python train.py ")[1].split()])
+    there = {path.name.removesuffix("_checkpoint.pth") for path in (workdir / "models").glob("pruned_*")}
+    assert there == {"pruned", "pruned_best"} | expected
+    left = load_checkpoint("models/pruned_checkpoint.pth")["prototypes"]
+    final = load_checkpoint("models/pruned_final_checkpoint.pth")
+    assert len(final["prototypes"]) == len(final["model"]["prototype_class"]) <= len(left) < 12
+
+
 def test_a_class_keeps_its_last_prototype_and_it_is_said(pushed, workdir, capsys):
     classes = load_checkpoint(pushed)["model"]["prototype_class"]
     first = (classes == classes[0]).nonzero().flatten().tolist()
