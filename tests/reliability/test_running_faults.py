@@ -288,3 +288,4 @@ def test_row_26_nothing_grows(workdir, epochs, workers):
     print(f"{early:.1f} MB, later {late:.1f} MB; open files and threads {rows[half][1:]}, later {later[1:]}")
     assert late - early < 1.0
     assert later[1:] == rows[half][1:]
+    assert all(last <= before for last, before in zip(rows[-1][1:], later[1:], strict=True))
