@@ -25,11 +25,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-import distributed
-import shapes
-from cache import PixelCache
-from command import add_config_arguments, all_at_once, machine_trouble, run, stop_flag
 from config import IGNORE, Config, ConfigError, DatasetConfig, UserError, load_config
+from datasets import scenes as shapes
+from datasets.cache import PixelCache
+from runtime import distributed
+from runtime.command import add_config_arguments, all_at_once, machine_trouble, run, stop_flag
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0..1
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum, resnet, segmentation
 
-from checkpoint import CheckpointError, load_tensors
+from runtime.checkpoint import CheckpointError, load_tensors
 
 BACKBONES = {
     "resnet18": (resnet.resnet18, resnet.ResNet18_Weights.IMAGENET1K_V1),

@@ -10,8 +10,8 @@ import argparse
 import shlex
 from pathlib import Path
 
-from command import run
-from sources import CITYSCAPES_HELP, WEIGHTS, get_camvid, get_cityscapes, get_voc, get_weights
+from download.sources import CITYSCAPES_HELP, WEIGHTS, get_camvid, get_cityscapes, get_voc, get_weights
+from runtime.command import run
 
 
 def main(argv: list[str] | None = None) -> None:

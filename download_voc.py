@@ -10,8 +10,8 @@ import argparse
 import shlex
 from pathlib import Path
 
-from command import run
-from sources import get_voc
+from download.sources import get_voc
+from runtime.command import run
 
 
 def main(argv: list[str] | None = None) -> None:

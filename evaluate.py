@@ -25,17 +25,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import distributed
-from command import add_set_argument, run, stop_flag
 from config import ConfigError
 from dataset import SegmentationDataset, build_dataset, own_images
-from export import Export
-from interpretability import NOISE, Explanations
+from evaluation.interpretability import NOISE, Explanations
+from evaluation.parts import PartMetrics, find_part_labels, read_parts
+from evaluation.report import Evaluation, compare, print_report, report_of, write_page
+from evaluation.submission import Export
 from metrics import ConfusionMatrix
 from model import PPNet, cell_labels, multi_scale_outputs, pad_to_grid, upsample
 from module import TrainingModule, choose_device, load_model
-from parts import PartMetrics, find_part_labels, read_parts
-from report import Evaluation, compare, print_report, report_of, write_page
+from runtime import distributed
+from runtime.command import add_set_argument, run, stop_flag
 
 TTA_SCALES = (0.75, 1.0, 1.25)
 WORST = 6  # images that are shown

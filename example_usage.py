@@ -18,14 +18,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from checkpoint import save_checkpoint
-from command import run
 from config import Config, DatasetConfig, LearningRates, ModelConfig, PhaseConfig, TrainingConfig, config_to_dict
 from dataset import StepSampler, TrainingSamples, TrainTransform, build_dataset, train_batches
+from explanation.pictures import draw_prototypes
 from model import PPNet, construct_PPNet, pad_to_grid, upsample
 from module import TrainingModule, load_model
-from pictures import draw_prototypes
 from push import push_prototypes
+from runtime.checkpoint import save_checkpoint
+from runtime.command import run
 
 STEPS = 6
 ALL = LearningRates(backbone=1e-3, add_on=1e-3, prototypes=1e-3, last_layer=1e-3)

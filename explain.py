@@ -23,7 +23,6 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from command import add_set_argument, run, stop_flag
 from config import IGNORE, ConfigError, override_config
 from dataset import (
     IMAGE_TYPES,
@@ -35,12 +34,13 @@ from dataset import (
     read_image,
     voc_palette,
 )
-from gallery import NEIGHBOURS, Subject, deciding_prototypes, describe_prototypes
+from explanation.gallery import NEIGHBOURS, Subject, deciding_prototypes, describe_prototypes
+from explanation.pages import is_ours, write_page
+from explanation.pictures import explained_figure, fit, overlay, slug
+from explanation.pixel_data import pack
 from model import PPNet, PPNetOutput, pad_to_grid, upsample
 from module import choose_device, load_model
-from pages import is_ours, write_page
-from pictures import explained_figure, fit, overlay, slug
-from pixel_data import pack
+from runtime.command import add_set_argument, run, stop_flag
 
 MAX_PHOTOGRAPH = 1024 * 2048  # pixels; larger ones are made smaller, so that a page stays below 3 MB
 WRITTEN = ("index.html", "[0-9]*-*.html", "[0-9]*-*.png", "photographs/[0-9]*-*.jpg", "patches/[0-9]*-*.jpg")

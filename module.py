@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import distributed
-from checkpoint import CheckpointError, load_checkpoint
 from config import IGNORE, Config, ConfigError, LossWeights, PhaseConfig, UserError, config_from_dict, override_config
 from dataset import SegmentationDataset, own_images
 from losses import (
@@ -30,6 +28,8 @@ from losses import (
 )
 from metrics import ConfusionMatrix
 from model import PPNet, PPNetOutput, SegmentationNet, cell_labels, construct_PPNet, multi_scale_outputs
+from runtime import distributed
+from runtime.checkpoint import CheckpointError, load_checkpoint
 
 LOSS_NAMES = tuple(field.name for field in dataclasses.fields(LossWeights))
 

@@ -17,13 +17,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from checkpoint import save_checkpoint
-from command import add_set_argument, run
 from config import Config, ConfigError
 from dataset import build_dataset
 from model import PPNet
 from module import TrainingModule, choose_device, load_model
 from push import Neighbours, find_neighbours
+from runtime.checkpoint import save_checkpoint
+from runtime.command import add_set_argument, run
 
 
 def choose_prototypes(found: Neighbours, prototype_class: Tensor, threshold: int) -> tuple[Tensor, list[int]]:

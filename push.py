@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import distributed
 from config import IGNORE
 from dataset import SegmentationDataset, own_images
 from model import PPNet, cell_labels, pad_to_grid
+from runtime import distributed
 
 
 class Nearest(NamedTuple):

@@ -30,9 +30,6 @@ import torch
 import yaml
 from tqdm import tqdm
 
-import distributed
-from checkpoint import CheckpointError, load_checkpoint, load_last, locked_run, previous, save_checkpoint
-from command import Interrupted, add_config_arguments, all_at_once, run, stop_flag
 from config import GROUPS, Config, ConfigError, config_to_dict, load_config
 from dataset import (
     SegmentationDataset,
@@ -43,11 +40,14 @@ from dataset import (
     check_sample,
     train_batches,
 )
-from distributed import say
+from explanation.pictures import draw_prototypes
 from model import LinearNet, construct_PPNet
 from module import LOSS_NAMES, NotFiniteError, TrainingModule, choose_device, load_weights
-from pictures import draw_prototypes
 from push import push_prototypes
+from runtime import distributed
+from runtime.checkpoint import CheckpointError, load_checkpoint, load_last, locked_run, previous, save_checkpoint
+from runtime.command import Interrupted, add_config_arguments, all_at_once, run, stop_flag
+from runtime.distributed import say
 
 
 class Stage(NamedTuple):

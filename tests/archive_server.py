@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
-import download
-import sources
+from download import fetch as download
+from download import sources
 
 Files = dict[str, bytes]
 Fault = Callable[["Handler", bytes], bool]  # answers the request itself and returns True, or leaves it alone

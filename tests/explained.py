@@ -11,12 +11,12 @@ from urllib.parse import urlsplit
 import numpy as np
 import torch
 
-from checkpoint import save_checkpoint
 from config import config_to_dict
 from dataset import build_dataset
 from model import PPNet, construct_PPNet
 from module import load_model
 from push import push_prototypes
+from runtime.checkpoint import save_checkpoint
 from tests.tiny import tiny_config
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cache import PixelCache
 from config import DatasetConfig
 from dataset import FolderDataset
+from datasets.cache import PixelCache
 
 
 @pytest.fixture

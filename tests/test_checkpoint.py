@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-import checkpoint
-from checkpoint import (
+from runtime import checkpoint
+from runtime.checkpoint import (
     CheckpointError,
     RunInUseError,
     load_checkpoint,
@@ -194,7 +194,10 @@ def test_a_good_checkpoint_is_taken_and_a_lost_one_without_predecessor_refused(s
 
 # --- one run to a folder ---------------------------------------------------------------------------------------
 
-HOLD = "import sys, checkpoint, pathlib\nwith checkpoint.locked_run(pathlib.Path(sys.argv[1])): print('held'); {}"
+HOLD = (
+    "import sys, pathlib\nfrom runtime import checkpoint\n"
+    "with checkpoint.locked_run(pathlib.Path(sys.argv[1])): print('held'); {}"
+)
 
 
 def test_a_folder_in_use_is_refused_with_its_holders_id(tmp_path):

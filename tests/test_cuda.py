@@ -5,11 +5,11 @@ import torch
 
 import evaluate
 import push
-from checkpoint import load_checkpoint
 from dataset import build_dataset
 from losses import diversity_loss
 from model import squared_distances
 from module import TrainingModule, load_model
+from runtime.checkpoint import load_checkpoint
 from tests.test_module import batch, copied, make
 from tests.tiny import RandomImages
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import resnet
 
-from checkpoint import CheckpointError
 from deeplab_features import ASPP, BACKBONES, DeepLabFeatures, _download
+from runtime.checkpoint import CheckpointError
 
 RESNETS = sorted(BACKBONES)
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint import load_checkpoint, load_last, save_checkpoint
 from config import config_to_dict, load_config
 from model import construct_PPNet
+from runtime.checkpoint import load_checkpoint, load_last, save_checkpoint
 from tests.test_evaluate import write_cityscapes
 
 ROOT = Path(__file__).parent.parent
@@ -177,7 +177,7 @@ def test_two_processes_measure_parts_as_one(folder):
     code = """
 import numpy as np, torch, distributed
 from pathlib import Path
-from parts import PartMetrics
+from evaluation.parts import PartMetrics
 distributed.start(15)
 r = distributed.rank()
 

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-import download
-from command import Interrupted, stop_flag
-from download import DownloadError, arriving, fetch, locked, need_space, unpack, write_whole
+from download import fetch as download
+from download.fetch import DownloadError, arriving, fetch, locked, need_space, unpack, write_whole
+from runtime.command import Interrupted, stop_flag
 from tests.archive_server import make_tar, make_zip, noise, serving, tree
 
 BODY = noise(5000)
@@ -163,7 +163,7 @@ def test_only_https_is_used(server, tmp_path, url):
 
 
 def test_nothing_may_be_asked_without_tls_by_default():
-    code = "import download; assert download.PLAIN_HTTP_HOSTS == () and len(download.BACKOFF_S) <= 5"
+    code = "from download import fetch; assert fetch.PLAIN_HTTP_HOSTS == () and len(fetch.BACKOFF_S) <= 5"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -264,7 +264,9 @@ def test_the_second_process_is_told(tmp_path):
 
 
 def test_a_lock_ends_with_its_process(tmp_path):
-    code = "import os, sys, pathlib, download\nwith download.locked(pathlib.Path(sys.argv[1])): os._exit(9)"
+    code = (
+        "import os, sys, pathlib\nfrom download import fetch\nwith fetch.locked(pathlib.Path(sys.argv[1])): os._exit(9)"
+    )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "data")]).returncode == 9
     with locked(tmp_path / "data"):
         pass

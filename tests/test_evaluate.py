@@ -12,15 +12,15 @@ from torch import nn
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
 import evaluate
-import export
-from checkpoint import save_checkpoint
 from config import Config, ConfigError, config_to_dict
 from dataset import CityscapesDataset, PascalVOCDataset, build_dataset, voc_palette
 from evaluate import View, label_image, sliding_logits, tta_logits
-from export import Export, ExportError
+from evaluation import submission as export
+from evaluation.submission import Export, ExportError
 from metrics import ConfusionMatrix, bootstrap_difference, iou_of_tallies
 from model import LinearNet, construct_PPNet, pad_to_grid, upsample
 from module import TrainingModule, load_model
+from runtime.checkpoint import save_checkpoint
 from tests.tiny import EveryEighthPixel, tiny_config
 
 CPU = torch.device("cpu")

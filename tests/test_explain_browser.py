@@ -9,8 +9,8 @@ import torch
 
 import explain
 from dataset import build_dataset
+from explanation.pixel_data import pack as pixel_pack
 from model import pad_to_grid, upsample
-from pixel_data import pack as pixel_pack
 from tests.explained import make_checkpoint
 from tests.tiny import tiny_config
 
@@ -206,7 +206,7 @@ def test_a_pruned_model_with_linear_activation(shown, browser):
 
 
 def test_where_tiles_keep_some_prototypes_the_numbers_are_the_same(shown, browser, monkeypatch):
-    monkeypatch.setattr("pixel_data.TILE", 3)
+    monkeypatch.setattr("explanation.pixel_data.TILE", 3)
     monkeypatch.setattr("explain.pack", lambda *how: pixel_pack(*how, limit=0))
     truth = shown("dataset.shapes.image_size=101")
     for x, y in [(0, 0), (23, 24), (24, 24), (50, 71), (100, 100)]:

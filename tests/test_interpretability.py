@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import interpretability
-from interpretability import (
+from evaluation import interpretability
+from evaluation.interpretability import (
     Explanations,
     class_purity,
     deletion_curve,

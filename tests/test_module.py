@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import module
-from checkpoint import CheckpointError, save_checkpoint
 from config import Config, ConfigError, config_to_dict
 from losses import cross_entropy, diversity_loss, l1_loss, purity_loss
 from model import PPNet, cell_labels, construct_PPNet, multi_scale_outputs
@@ -23,6 +22,7 @@ from module import (
     load_weights,
     lr_factor,
 )
+from runtime.checkpoint import CheckpointError, save_checkpoint
 from tests.tiny import RandomImages, tiny_config, tiny_ppnet
 
 CPU = torch.device("cpu")

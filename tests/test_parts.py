@@ -7,7 +7,7 @@ from PIL import Image
 
 from config import DatasetConfig
 from dataset import CityscapesDataset, DatasetError, PascalVOCDataset
-from parts import PartMetrics, find_part_labels, part_centroids, part_hits, read_parts
+from evaluation.parts import PartMetrics, find_part_labels, part_centroids, part_hits, read_parts
 
 STRIDE = 8
 

@@ -9,8 +9,8 @@ from PIL import Image
 
 from config import DatasetConfig, ShapesConfig
 from dataset import ShapesDataset, normalize
+from explanation.pictures import colorize, draw_box, draw_prototypes, fit, heat, overlay, sheet, similarity_map, slug
 from model import pad_to_grid
-from pictures import colorize, draw_box, draw_prototypes, fit, heat, overlay, sheet, similarity_map, slug
 from push import push_prototypes
 from tests.tiny import tiny_ppnet
 

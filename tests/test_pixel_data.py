@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-import pixel_data
+from explanation import pixel_data
+from explanation.pixel_data import choose_tiles, pack
 from model import PPNet, pad_to_grid, upsample
-from pixel_data import choose_tiles, pack
 from tests.explained import unpack
 from tests.tiny import tiny_ppnet
 

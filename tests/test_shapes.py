@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from shapes import CLASS_NAMES, GRASS, PALETTE, SKY, draw_scene
+from datasets.scenes import CLASS_NAMES, GRASS, PALETTE, SKY, draw_scene
 
 
 def scene(*key):

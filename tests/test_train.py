@@ -14,12 +14,12 @@ import yaml
 
 import module
 import train
-from checkpoint import CheckpointError, load_checkpoint, locked_run
-from command import Interrupted, stop_flag
 from config import ConfigError, UserError, config_from_dict, load_config
 from dataset import DatasetError
 from losses import cross_entropy
 from module import NotFiniteError
+from runtime.checkpoint import CheckpointError, load_checkpoint, locked_run
+from runtime.command import Interrupted, stop_flag
 from tests import trees
 from tests.tiny import CONFIG, ROOT, tiny_config
 
@@ -460,7 +460,8 @@ def test_a_run_with_workers_that_fails_ends_all_the_same(tmp_path, fault):
     """Workers ignore signals, and Python waits for them at exit: somebody has to tell them."""
     trees.camvid(tmp_path)
     (tmp_path / "tiny.yaml").write_text(CONFIG)
-    plan = f"import train, command, signal\nstep = train.TrainingModule.training_step\n{FAULTS[fault]}\n"
+    plan = "import train, signal\nfrom runtime import command\nstep = train.TrainingModule.training_step\n"
+    plan += f"{FAULTS[fault]}\n"
     code = plan + f"command.run(lambda argv: train.main({CAMVID}))"
     command = [sys.executable, "-c", code]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}

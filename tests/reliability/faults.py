@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-import command
 import train
-from checkpoint import load_checkpoint, load_last
+from runtime import command
+from runtime.checkpoint import load_checkpoint, load_last
 
 PATIENCE = 60  # seconds after which a process hangs
 FREE = ("images_per_second", "peak_memory_mb")  # columns of metrics.csv that are the machine's

@@ -19,9 +19,9 @@ import pytest
 import torch
 from torch import nn
 
-import checkpoint
-from checkpoint import CheckpointError, load_checkpoint, load_last, load_tensors, previous, save_checkpoint
 from module import load_weights
+from runtime import checkpoint
+from runtime.checkpoint import CheckpointError, load_checkpoint, load_last, load_tensors, previous, save_checkpoint
 from tests.reliability.faults import KILLED, Child, Place, difference
 from tests.tiny import tiny_ppnet
 

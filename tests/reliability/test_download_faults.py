@@ -21,10 +21,10 @@ from pathlib import Path
 
 import pytest
 
-import download
-import sources
-from command import stop_flag
-from download import DownloadError, arriving, fetch, unpack
+from download import fetch as download
+from download import sources
+from download.fetch import DownloadError, arriving, fetch, unpack
+from runtime.command import stop_flag
 from tests.archive_server import make_tar, make_zip, noise, publish_voc, serving, tree
 
 OUTSIDE = f"{tempfile.gettempdir()}/protoseg-evil"  # where no archive may write
@@ -349,7 +349,9 @@ def test_row_15_retries_are_bounded(server, tmp_path):
 
 CHILD = """
 import os, signal, sys
-import command, download, download_voc, sources
+import download_voc
+from download import fetch as download, sources
+from runtime import command
 import numpy, PIL.JpegImagePlugin, PIL.PngImagePlugin, scipy.io
 from pathlib import Path
 

@@ -21,9 +21,9 @@ import pytest
 import torch
 
 import train
-from checkpoint import load_checkpoint, previous
+from explanation.pictures import draw_prototypes
 from module import TrainingModule
-from pictures import draw_prototypes
+from runtime.checkpoint import load_checkpoint, previous
 from tests.reliability.faults import KILLED, alive, difference, reached, stop_after, without_last
 from tests.tiny import CONFIG, ROOT
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import dataset
 import module
 import train
-from checkpoint import load_checkpoint
 from module import TrainingModule
+from runtime import checkpoint
+from runtime.checkpoint import load_checkpoint
 from tests.reliability.faults import difference
 from tests.reliability.test_resume_faults import at_call, send, without_workers
 from tests.test_distributed import CONFIG, finish, start

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-import distributed
-from command import stop_flag
+from runtime import distributed
+from runtime.command import stop_flag
 
 Item = tuple[Image.Image, Image.Image]
 

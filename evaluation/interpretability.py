@@ -12,11 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import distributed
 from config import IGNORE
 from losses import class_pairs, pair_similarities
 from model import PPNet
 from push import nearer, neighbours_of_all, no_neighbours
+from runtime import distributed
 
 NOISE = 0.2  # standard deviation of the noise on the normalized image (Huang et al., ICCV 2023, and ScaleProtoSeg)
 NEIGHBOURS = 6  # patches whose classes make a prototype's purity, as in the pruning of ProtoSeg

@@ -40,8 +40,8 @@ from typing import IO, Literal, NamedTuple
 
 from tqdm import tqdm
 
-from command import STORAGE_ERROR, stop_flag
 from config import UserError
+from runtime.command import STORAGE_ERROR, stop_flag
 
 CONNECT_TIMEOUT_S = 15.0
 READ_TIMEOUT_S = 30.0

@@ -14,11 +14,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from command import stop_flag
 from config import IGNORE
 from dataset import SegmentationDataset, normalize
 from model import PPNet, SegmentationNet, pad_to_grid, upsample
 from push import patch_box
+from runtime.command import stop_flag
 
 MARGIN = 6
 CAPTION = 16

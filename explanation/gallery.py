@@ -15,12 +15,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from command import stop_flag
 from config import Config
 from dataset import ClassMapping, SegmentationDataset, eval_batches
+from explanation.pictures import around, draw_box, fit, heat, similarity_map, slug
 from model import PPNet, PPNetOutput, SegmentationNet, pad_to_grid
-from pictures import around, draw_box, fit, heat, similarity_map, slug
 from push import find_neighbours, patch_box
+from runtime.command import stop_flag
 
 NEIGHBOURS = 6
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from config import ConfigError
 from dataset import SegmentationDataset
+from explanation.pictures import fit, overlay
 from metrics import ConfusionMatrix, bootstrap_difference
-from pictures import fit, overlay
 
 
 class Evaluation(NamedTuple):
@@ -160,7 +160,7 @@ def _number(value: float) -> float | None:
 
 def write_page(path: Path, results: Sequence[Evaluation], reports: Sequence[dict], difference: dict | None) -> None:
     """The page of one or two evaluations; it contains its pictures and style, runs no script and loads nothing."""
-    templates = Path(__file__).parent / "templates"
+    templates = Path(__file__).parent.parent / "explanation" / "templates"
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(templates), autoescape=True, undefined=jinja2.StrictUndefined
     )

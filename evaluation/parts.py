@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import distributed
 from config import IGNORE, UserError
 from dataset import DatasetError, SegmentationDataset
+from runtime import distributed
 
 QUANTILE = 0.8  # of a prototype's activations on the pixels of its class: what is above is where it looks
 CONSISTENT = 0.8  # a prototype that hits the same part in a larger share of the images is consistent

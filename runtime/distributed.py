@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from command import stop_flag
+from runtime.command import stop_flag
 
 
 def start(timeout: float) -> None:

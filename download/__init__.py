@@ -1,0 +1,1 @@
+"""Data arrives, verified: the addresses and checksums, the mechanism. Imports no torch."""

@@ -1,0 +1,1 @@
+"""What evaluate.py measures and writes: metrics of explanations, parts, report, submission."""

@@ -1,0 +1,1 @@
+"""What every script stands on: the command line, signals, checkpoints, several processes."""
