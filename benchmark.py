@@ -38,13 +38,16 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from config import IGNORE, Config, ConfigError, TrainingConfig, load_config
+from config import Config, TrainingConfig, load_config
 from dataset import CityscapesDataset, StepSampler, TrainingSamples, TrainTransform, train_batches
+from grid import IGNORE
 from losses import diversity_loss
 from model import SegmentationNet, construct_PPNet
-from module import TrainingModule, choose_device
+from module import TrainingModule
 from push import nearest_patches
 from runtime.command import add_config_arguments, run
+from runtime.device import choose_device
+from runtime.errors import ConfigError
 
 Row = dict[str, float | str]
 WHOLE_IMAGE = (1024, 2048)  # of Cityscapes

@@ -20,21 +20,12 @@ from typing import Literal
 
 import yaml
 
-IGNORE = 255  # the label of a pixel that counts nowhere: not in the losses, not in the metrics, not in the push
-OUTPUT_STRIDE = 8  # pixels from one feature cell to the next
+from grid import IGNORE, OUTPUT_STRIDE
+from runtime.errors import ConfigError
+
 MAX_CROP = 4097  # pixels
 MOST = {"system.num_workers": 1024, "dataset.shapes.image_size": MAX_CROP, "model.num_classes": IGNORE}
 GROUPS = ("backbone", "add_on", "prototypes", "last_layer")
-
-
-class UserError(Exception):
-    """Something that the user can mend: the message says what, where and what to do; `exit_code` is the script's."""
-
-    exit_code = 2
-
-
-class ConfigError(UserError):
-    """The configuration, or what was typed on the command line, cannot be used."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,11 +25,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from config import IGNORE, Config, ConfigError, DatasetConfig, UserError, load_config
+from config import Config, DatasetConfig, load_config
 from datasets import scenes as shapes
 from datasets.cache import PixelCache
+from grid import IGNORE
 from runtime import distributed
 from runtime.command import add_config_arguments, all_at_once, machine_trouble, run, stop_flag
+from runtime.errors import ConfigError, UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0..1
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -462,7 +464,7 @@ class StepSampler:
 
     def batch(self, step: int) -> list[tuple[int, int]]:
         """The keys of one step's batch."""
-        start = (step * distributed.size() + distributed.rank()) * self.batch_size
+        start = (step * distributed.world_size() + distributed.rank()) * self.batch_size
         positions = range(start, start + self.batch_size)
         return [(p // self.num_images, int(self._order(p // self.num_images)[p % self.num_images])) for p in positions]
 
@@ -496,11 +498,11 @@ def own_images(dataset: SegmentationDataset, num_workers: int, what: str) -> Ite
     One process handles all; under torchrun each takes every size-th. A signal stops it between two images, alone:
     several processes have to agree first, which they do after the loop.
     """
-    indices = range(distributed.rank(), len(dataset), distributed.size())
+    indices = range(distributed.rank(), len(dataset), distributed.world_size())
     batches = eval_batches(Subset(dataset, indices), num_workers)
-    with distributed.progress(total=len(indices), desc=what, unit="image") as bar:
+    with distributed.progress_bar(total=len(indices), desc=what, unit="image") as bar:
         for index, (image, label) in zip(indices, batches, strict=True):
-            if distributed.size() == 1:
+            if distributed.world_size() == 1:
                 stop_flag.raise_if_set()
             yield index, image, label
             bar.update()

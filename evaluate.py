@@ -25,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import ConfigError
 from dataset import SegmentationDataset, build_dataset, own_images
 from evaluation.interpretability import NOISE, Explanations
 from evaluation.parts import PartMetrics, find_part_labels, read_parts
@@ -33,9 +32,11 @@ from evaluation.report import Evaluation, compare, print_report, report_of, writ
 from evaluation.submission import Export
 from metrics import ConfusionMatrix
 from model import PPNet, cell_labels, multi_scale_outputs, pad_to_grid, upsample
-from module import TrainingModule, choose_device, load_model
+from module import TrainingModule, load_model
 from runtime import distributed
 from runtime.command import add_set_argument, run, stop_flag
+from runtime.device import choose_device
+from runtime.errors import ConfigError
 
 TTA_SCALES = (0.75, 1.0, 1.25)
 WORST = 6  # images that are shown
@@ -69,7 +70,7 @@ def sliding_logits(classify: Callable[[Tensor], Tensor], images: Tensor, window:
     total = count = 0
     for top in tops:
         for left in lefts:
-            if distributed.size() == 1:
+            if distributed.world_size() == 1:
                 stop_flag.raise_if_set()
             logits = classify(images[..., top : top + sizes[0], left : left + sizes[1]])
             around = [left, images.shape[3] - left - sizes[1], top, images.shape[2] - top - sizes[0]]
@@ -137,7 +138,9 @@ def evaluate(module: TrainingModule, dataset: SegmentationDataset, view: View, e
     explained = Explained(module, dataset) if isinstance(module.model, PPNet) and view.is_plain else None
     matrix, tallies, worst = ConfusionMatrix(dataset.num_classes, module.device), {}, []
     for index, image, label in own_images(dataset, module.config.system.num_workers, dataset.split):
-        if index < len(dataset) // distributed.size() * distributed.size():  # as many times in every process
+        if (
+            index < len(dataset) // distributed.world_size() * distributed.world_size()
+        ):  # as many times in every process
             distributed.agree_on_stop()
             stop_flag.raise_if_set()
         image = image.to(module.device, non_blocking=True, memory_format=torch.channels_last)
@@ -155,11 +158,11 @@ def evaluate(module: TrainingModule, dataset: SegmentationDataset, view: View, e
             if explained is not None:
                 explained.update(index, image, label, distances)
     explanations = explained.summary() if explained is not None else None
-    distributed.total(matrix.counts)
-    tallies = ChainMap(*distributed.gathered_objects(tallies))
-    worst = _worst([item for part in distributed.gathered_objects(worst) for item in part])
+    distributed.all_reduce(matrix.counts)
+    tallies = ChainMap(*distributed.all_gather_objects(tallies))
+    worst = _worst([item for part in distributed.all_gather_objects(worst) for item in part])
     if export is not None:
-        export.written = ChainMap(*distributed.gathered_objects(export.written))
+        export.written = ChainMap(*distributed.all_gather_objects(export.written))
     return Evaluation(dataset, matrix, torch.stack([tallies[i] for i in range(len(dataset))]), worst, explanations)
 
 
@@ -212,7 +215,7 @@ def evaluate_checkpoint(path: Path, arguments: argparse.Namespace) -> tuple[Eval
     export = Export(dataset, arguments.export) if arguments.export else None
     view = View(arguments.tta, arguments.sliding)
     if export is not None:
-        distributed.wait_for_all()  # nobody writes before everybody has seen that the folder is empty
+        distributed.barrier()  # nobody writes before everybody has seen that the folder is empty
     result = evaluate(module, dataset, view, export)
     if export is not None and distributed.rank() == 0:
         print(f"packed and checked {len(dataset)} images: {export.finish()}")

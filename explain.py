@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from config import IGNORE, ConfigError, override_config
+from config import override_config
 from dataset import (
     IMAGE_TYPES,
     ClassMapping,
@@ -38,9 +38,12 @@ from explanation.gallery import NEIGHBOURS, Subject, deciding_prototypes, descri
 from explanation.pages import is_ours, write_page
 from explanation.pictures import explained_figure, fit, overlay, slug
 from explanation.pixel_data import pack
+from grid import IGNORE
 from model import PPNet, PPNetOutput, pad_to_grid, upsample
-from module import choose_device, load_model
+from module import load_model
 from runtime.command import add_set_argument, run, stop_flag
+from runtime.device import choose_device
+from runtime.errors import ConfigError
 
 MAX_PHOTOGRAPH = 1024 * 2048  # pixels; larger ones are made smaller, so that a page stays below 3 MB
 WRITTEN = ("index.html", "[0-9]*-*.html", "[0-9]*-*.png", "photographs/[0-9]*-*.jpg", "patches/[0-9]*-*.jpg")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import IGNORE
+from grid import IGNORE
 
 SHARPNESS = 3.0  # of `purity_loss`: the power of the ratio of similarities
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from config import IGNORE
+from grid import IGNORE
 
 
 class ConfusionMatrix:

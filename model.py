@@ -19,8 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from config import IGNORE, OUTPUT_STRIDE, ConfigError, ModelConfig
+from config import ModelConfig
 from deeplab_features import BACKBONES, DeepLabFeatures
+from grid import IGNORE, OUTPUT_STRIDE
+from runtime.errors import ConfigError
 
 EPSILON = 1e-4  # of the log activation; the largest possible activation is log(1 / EPSILON) = 9.2
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from config import IGNORE, Config, ConfigError, LossWeights, PhaseConfig, UserError, config_from_dict, override_config
+from config import Config, LossWeights, PhaseConfig, config_from_dict, override_config
 from dataset import SegmentationDataset, own_images
+from grid import IGNORE
 from losses import (
     counted_pairs,
     counted_prototypes,
@@ -30,6 +31,7 @@ from metrics import ConfusionMatrix
 from model import PPNet, PPNetOutput, SegmentationNet, cell_labels, construct_PPNet, multi_scale_outputs
 from runtime import distributed
 from runtime.checkpoint import CheckpointError, load_checkpoint
+from runtime.errors import ConfigError, UserError
 
 LOSS_NAMES = tuple(field.name for field in dataclasses.fields(LossWeights))
 
@@ -249,8 +251,8 @@ class TrainingModule:
     def take_averages(self) -> dict[str, float]:
         """Since the last call: the mean of each raw loss, their weighted total, and the share of right cells."""
         self.check_finite()
-        *losses, right, cells = distributed.total(self._sums).tolist()
-        batches = max(1, self._batches * distributed.size())
+        *losses, right, cells = distributed.all_reduce(self._sums).tolist()
+        batches = max(1, self._batches * distributed.world_size())
         averages = {name: value / batches for name, value in zip(LOSS_NAMES, losses, strict=True)}
         averages["total"] = weighted_sum(averages, self.config.training.loss_weights)
         averages["train_accuracy"] = right / max(1.0, cells)
@@ -269,7 +271,7 @@ class TrainingModule:
             with self.autocast():
                 logits = self.model.predict_multi_scale(image, scales) if scales else self.model.predict(image)
             matrix.update(logits.argmax(1), label.to(self.device, non_blocking=True))
-        distributed.total(matrix.counts)
+        distributed.all_reduce(matrix.counts)
         self.model.train()
         return matrix
 
@@ -288,7 +290,7 @@ class TrainingModule:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "gradients": gradients,
-            "sums": distributed.total(self._sums.clone()) / distributed.size(),
+            "sums": distributed.all_reduce(self._sums.clone()) / distributed.world_size(),
             "batches": self._batches,
         }
 
@@ -335,10 +337,10 @@ def _on_its_way(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
 def _share(count: Callable[..., Tensor], *arguments) -> Tensor | float:
     """What a process's mean over `count(*arguments)` terms is multiplied with, so that averaging over the processes
     gives the mean over all their terms: 1 in a single process."""
-    if distributed.size() == 1:
+    if distributed.world_size() == 1:
         return 1.0
     own = count(*arguments)
-    return own * distributed.size() / distributed.total(own.clone()).clamp(min=1e-12)
+    return own * distributed.world_size() / distributed.all_reduce(own.clone()).clamp(min=1e-12)
 
 
 def load_weights(model: SegmentationNet, state: dict[str, Tensor]) -> None:
@@ -391,19 +393,3 @@ def load_model(
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     return model.to(device, memory_format=torch.channels_last).eval(), config, state
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA, then Apple's GPU, then the CPU; under torchrun each process takes its own GPU.
-
-    Raises ConfigError for a device that is not there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and distributed.size() > 1:
-        name = f"cuda:{distributed.local_rank()}"
-    device = torch.device(name)
-    count = {"cpu": 1, "mps": int(torch.backends.mps.is_available())}.get(device.type, torch.cuda.device_count())
-    if (device.index or 0) >= count:
-        raise ConfigError(f"system.device: there is no {name} here; use auto or cpu")
-    return device

@@ -17,13 +17,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from config import Config, ConfigError
+from config import Config
 from dataset import build_dataset
 from model import PPNet
-from module import TrainingModule, choose_device, load_model
+from module import TrainingModule, load_model
 from push import Neighbours, find_neighbours
 from runtime.checkpoint import save_checkpoint
 from runtime.command import add_set_argument, run
+from runtime.device import choose_device
+from runtime.errors import ConfigError
 
 
 def choose_prototypes(found: Neighbours, prototype_class: Tensor, threshold: int) -> tuple[Tensor, list[int]]:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import IGNORE
 from dataset import SegmentationDataset, own_images
+from grid import IGNORE
 from model import PPNet, cell_labels, pad_to_grid
 from runtime import distributed
 
@@ -83,9 +83,9 @@ def find_nearest(model: PPNet, dataset: SegmentationDataset, device: torch.devic
 
 def _nearest_of_all(own: Nearest) -> Nearest:
     """The nearest of what all processes found; of equal distances the earlier image wins, as in one process."""
-    if distributed.size() == 1:
+    if distributed.world_size() == 1:
         return own
-    found = Nearest(*(distributed.gathered(values) for values in own))
+    found = Nearest(*(distributed.all_gather(values) for values in own))
     last = torch.iinfo(torch.int64).max
     image = torch.where(found.image < 0, last, found.image)
     image = torch.where(found.distance == found.distance.amin(0), image, last)
@@ -151,9 +151,9 @@ def find_neighbours(
 
 def neighbours_of_all(own: Neighbours) -> Neighbours:
     """The nearest of what all processes found, as one process would have found them."""
-    if distributed.size() == 1:
+    if distributed.world_size() == 1:
         return own
-    found = Neighbours(*(torch.cat(list(distributed.gathered(values)), dim=1) for values in own))
+    found = Neighbours(*(torch.cat(list(distributed.all_gather(values)), dim=1) for values in own))
     by_image = found.image.where(found.image >= 0, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
     rows = torch.arange(len(by_image), device=by_image.device)[:, None]
     found = Neighbours(*(values[rows, by_image] for values in found))

@@ -30,7 +30,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from config import GROUPS, Config, ConfigError, config_to_dict, load_config
+from config import GROUPS, Config, config_to_dict, load_config
 from dataset import (
     SegmentationDataset,
     StepSampler,
@@ -42,12 +42,14 @@ from dataset import (
 )
 from explanation.pictures import draw_prototypes
 from model import LinearNet, construct_PPNet
-from module import LOSS_NAMES, NotFiniteError, TrainingModule, choose_device, load_weights
+from module import LOSS_NAMES, NotFiniteError, TrainingModule, load_weights
 from push import push_prototypes
 from runtime import distributed
 from runtime.checkpoint import CheckpointError, load_checkpoint, load_last, locked_run, previous, save_checkpoint
 from runtime.command import Interrupted, add_config_arguments, all_at_once, run, stop_flag
-from runtime.distributed import say
+from runtime.device import choose_device
+from runtime.distributed import print_once
+from runtime.errors import ConfigError
 
 
 class Stage(NamedTuple):
@@ -170,8 +172,10 @@ class Run:
         self.module = TrainingModule(self.config, model, self.device)
         if state is not None:
             self.module.phase_index, self.module.step = state["phase"], state["step"]
-        if state is not None and state.get("processes", distributed.size()) != distributed.size():
-            say(f"{state['processes']} processes began this run, {distributed.size()} go on: the rest will differ")
+        if state is not None and state.get("processes", distributed.world_size()) != distributed.world_size():
+            print_once(
+                f"{state['processes']} processes began this run, {distributed.world_size()} go on: the rest will differ"
+            )
         if distributed.rank() == 0:
             self._open_log(state, first)
 
@@ -204,7 +208,9 @@ class Run:
         """Run a training phase to its end, from its start or from the state of a last_checkpoint."""
         module, phase = self.module, self.config.training.phases[stage.phase]
         if not module.begin_phase(stage.phase):
-            say(f"phase {stage.phase} ({phase.name}): the {self.config.model.head} head has nothing that it trains")
+            print_once(
+                f"phase {stage.phase} ({phase.name}): the {self.config.model.head} head has nothing that it trains"
+            )
             return self.finish_stage(stage, self._validate())
         self.progress = Progress(self._best_so_far())
         if resumed is not None:
@@ -231,7 +237,9 @@ class Run:
         sampler.first, sampler.last = module.step, module.phase.steps
         samples = TrainingSamples(self.train_set, TrainTransform(self.config.dataset), training.seed, stage.phase)
         batches = train_batches(samples, sampler, self.config.system.num_workers)
-        bar = distributed.progress(total=module.phase.steps, initial=module.step, desc=module.phase.name, unit="step")
+        bar = distributed.progress_bar(
+            total=module.phase.steps, initial=module.step, desc=module.phase.name, unit="step"
+        )
         self.clock, self.images = time.monotonic(), 0
         while True:
             self._report(stage, bar)
@@ -241,13 +249,13 @@ class Run:
                 self.save_last(stage)
             self._stop_if_asked()
             module.training_step(*next(batches))
-            self.images += training.batch_size * distributed.size()
+            self.images += training.batch_size * distributed.world_size()
             bar.update()
         bar.close()
 
     def _can_save(self) -> bool:
         """Several processes have gradients of their own between updates, and one file has no room for all of them."""
-        return distributed.size() == 1 or self.module.step % self.config.training.iter_size == 0
+        return distributed.world_size() == 1 or self.module.step % self.config.training.iter_size == 0
 
     def _stop_if_asked(self) -> None:
         """Raise Interrupted if any process was sent a signal: in all of them, at the same step."""
@@ -281,7 +289,7 @@ class Run:
         status = ", ".join(status)
         bar.set_postfix_str(status)
         if bar.disable:  # not a terminal: a line in the log instead of a bar
-            say(f"{module.phase.name} {step:,}/{module.phase.steps:,}: {status}")
+            print_once(f"{module.phase.name} {step:,}/{module.phase.steps:,}: {status}")
         self.clock, self.images = time.monotonic(), 0
 
     def _validate(self) -> float:
@@ -317,17 +325,17 @@ class Run:
         """Project the prototypes onto training patches, and draw them."""
         started = time.monotonic()
         if isinstance(self.module.model, LinearNet):
-            say("push: the linear head has no prototypes; nothing to do")
+            print_once("push: the linear head has no prototypes; nothing to do")
             return self.finish_stage(stage, self._validate())
-        say(f"push: searching {len(self.train_set):,} images for the nearest patch of every prototype")
+        print_once(f"push: searching {len(self.train_set):,} images for the nearest patch of every prototype")
         with self.module.autocast():
             report = push_prototypes(self.module.model, self.train_set, self.device, self.config.system.num_workers)
         self.records = report.records
         for prototype in report.not_found:
             name = self.records[prototype]["class_name"]
-            say(f"push: prototype {prototype}: class '{name}' never occurs in the training data; kept as it is")
+            print_once(f"push: prototype {prototype}: class '{name}' never occurs in the training data; kept as it is")
         kept, merged = len(self.records), report.merged
-        say(f"push: {kept} prototypes, {merged} duplicates merged, mean distance {report.moved:.4g}")
+        print_once(f"push: {kept} prototypes, {merged} duplicates merged, mean distance {report.moved:.4g}")
         if distributed.rank() == 0:
             draw_prototypes(self.module.model, self.train_set, self.records, self.results / "prototypes")
         self.finish_stage(stage, self._validate(), time.monotonic() - started)
@@ -338,12 +346,12 @@ class Run:
         """Write a stage's checkpoint and say so."""
         self._save(self.models / stage.file, self._weights(stage, val_miou))
         minutes, rest = divmod(round(seconds), 60)
-        say(f"{stage.name}: val mIoU {val_miou:.4f} after {minutes} min {rest} s -> {self.models / stage.file}")
+        print_once(f"{stage.name}: val mIoU {val_miou:.4f} after {minutes} min {rest} s -> {self.models / stage.file}")
 
     def save_last(self, stage: Stage) -> None:
         """Write last_checkpoint.pth: everything that is needed to go on exactly, its predecessor kept."""
         state = self._weights(stage, self.progress.val_miou) | self.module.state()
-        state |= {"progress": dict(vars(self.progress)), "processes": distributed.size()}
+        state |= {"progress": dict(vars(self.progress)), "processes": distributed.world_size()}
         self._save(self.path("last"), state, keep_previous=True)
 
     def _save(self, path: Path, state: dict, keep_previous: bool = False) -> None:
@@ -374,7 +382,7 @@ class Run:
         trained = ", ".join(f"{name} ({size:,})" for name, size in count.items())
         start = f", from step {self.module.step:,}" if self.module.step else ""
         steps = f"{self.module.phase.steps:,} steps{start}"
-        say(f"phase {stage.phase} ({stage.name}): {steps} on {self.device}, trains {trained}")
+        print_once(f"phase {stage.phase} ({stage.name}): {steps} on {self.device}, trains {trained}")
 
 
 def _peak_memory(device: torch.device) -> float:
@@ -493,18 +501,18 @@ def main(argv: list[str] | None = None) -> None:
     )
     job.prefix = "pruned_" if state and state.get("pruned") else ""
     if not stages:
-        say(f"{path}: this run is finished; nothing is left to do")
+        print_once(f"{path}: this run is finished; nothing is left to do")
         return
     with locked_run(job.models) if distributed.rank() == 0 else nullcontext():
         # Nothing to go on from: what a run left that was killed before its first save may be replaced.
         overwrite = arguments.overwrite or (arguments.resume == "auto" and state is None)
         replaced = outputs_to_replace(config, stages, state, overwrite) if distributed.rank() == 0 else []
         if path is not None:
-            say(f"starting from {path}")
+            print_once(f"starting from {path}")
         job.start(state, stages[0])
         for old in replaced:
             old.unlink()
-        distributed.wait_for_all()
+        distributed.barrier()
         job.resume_from = path or "auto"
         for i, stage in enumerate(stages):
             try:

@@ -32,7 +32,7 @@ class PixelCache:
         name = f"{split}-{fingerprint(files)}"
         self._pixels_path, sizes_path = folder / f"{name}.pixels", folder / f"{name}.sizes.npy"
         if not sizes_path.is_file():  # it is written last
-            if distributed.size() > 1:
+            if distributed.world_size() > 1:
                 raise OSError(
                     f"{folder}: the cache is not built yet; one process does it: python dataset.py --config FILE"
                 )

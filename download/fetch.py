@@ -40,8 +40,8 @@ from typing import IO, Literal, NamedTuple
 
 from tqdm import tqdm
 
-from config import UserError
 from runtime.command import STORAGE_ERROR, stop_flag
+from runtime.errors import UserError
 
 CONNECT_TIMEOUT_S = 15.0
 READ_TIMEOUT_S = 30.0

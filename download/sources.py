@@ -18,9 +18,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from config import UserError
 from download.fetch import DownloadError, arriving, fetch, locked, unpack, write_whole
 from runtime.command import stop_flag
+from runtime.errors import UserError
 
 VOC_ARCHIVE = "VOCtrainval_11-May-2012.tar"
 # The second host is published with http; it is asked over https only, and never without.

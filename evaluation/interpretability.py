@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from config import IGNORE
+from grid import IGNORE
 from losses import class_pairs, pair_similarities
 from model import PPNet
 from push import nearer, neighbours_of_all, no_neighbours
@@ -140,7 +140,7 @@ class Explanations:
         self.neighbours = neighbours_of_all(self.neighbours)
         counts = (self.cells, self.explaining, self.unchanged, self.top, self.pair_counts)
         for sums in (*counts, self.agreement, self.deleted, self.pair_sums):
-            distributed.total(sums)
+            distributed.all_reduce(sums)
 
     def summary(self) -> dict | None:
         """The metrics as plain numbers and lists; None without a labelled cell.

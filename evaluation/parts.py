@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from config import IGNORE, UserError
 from dataset import DatasetError, SegmentationDataset
+from grid import IGNORE
 from runtime import distributed
+from runtime.errors import UserError
 
 QUANTILE = 0.8  # of a prototype's activations on the pixels of its class: what is above is where it looks
 CONSISTENT = 0.8  # a prototype that hits the same part in a larger share of the images is consistent
@@ -120,7 +121,7 @@ class PartMetrics:
     def merge(self) -> None:
         """Add up what the processes of a run have seen; all of them have to call it."""
         for sums in (self.hits, self.images, self.stable, self.compared):
-            distributed.total(sums)
+            distributed.all_reduce(sums)
 
     def summary(self) -> dict | None:
         """None if no labelled part was seen, else

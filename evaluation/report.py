@@ -15,10 +15,10 @@ from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
 
-from config import ConfigError
 from dataset import SegmentationDataset
 from explanation.pictures import fit, overlay
 from metrics import ConfusionMatrix, bootstrap_difference
+from runtime.errors import ConfigError
 
 
 class Evaluation(NamedTuple):

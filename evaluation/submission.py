@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from config import IGNORE, ConfigError, UserError
 from dataset import SegmentationDataset
+from grid import IGNORE
+from runtime.errors import ConfigError, UserError
 
 VOC_FOLDER = "results/VOC2012/Segmentation/comp6_test_cls"
 

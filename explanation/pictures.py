@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from config import IGNORE
 from dataset import SegmentationDataset, normalize
+from grid import IGNORE
 from model import PPNet, SegmentationNet, pad_to_grid, upsample
 from push import patch_box
 from runtime.command import stop_flag

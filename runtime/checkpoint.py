@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from config import UserError
+from runtime.errors import UserError
 
 FORMAT = 1
 NEEDED = {"config": dict, "phase": int, "step": int, "model": dict}

@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from config import UserError
+from runtime.errors import UserError
 
 STORAGE_ERROR = 4
 

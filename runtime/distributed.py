@@ -40,7 +40,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def size() -> int:
+def world_size() -> int:
     """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -50,37 +50,37 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0)) if dist.is_initialized() else 0
 
 
-def total(values: Tensor) -> Tensor:
+def all_reduce(values: Tensor) -> Tensor:
     """The sum over all processes, in place."""
-    if size() > 1:
+    if world_size() > 1:
         with _reported():
             dist.all_reduce(values)
     return values
 
 
-def highest(value: int) -> int:
+def all_reduce_max(value: int) -> int:
     """The largest value of any process; decided on the CPU, so that no GPU is waited for."""
-    if size() == 1:
+    if world_size() == 1:
         return value
     with _reported():
         dist.all_reduce(values := torch.tensor(value), op=dist.ReduceOp.MAX)
     return int(values)
 
 
-def gathered(values: Tensor) -> Tensor:
+def all_gather(values: Tensor) -> Tensor:
     """The tensors of all processes, stacked in the order of their ranks: (...) -> (size, ...)."""
-    if size() == 1:
+    if world_size() == 1:
         return values[None]
-    parts = [torch.empty_like(values) for _ in range(size())]
+    parts = [torch.empty_like(values) for _ in range(world_size())]
     with _reported():
         dist.all_gather(parts, values.contiguous())
     return torch.stack(parts)
 
 
-def gathered_objects(value: object) -> list:
+def all_gather_objects(value: object) -> list:
     """The values of all processes in the order of their ranks: anything that can be pickled."""
-    values = [value] * size()
-    if size() > 1:
+    values = [value] * world_size()
+    if world_size() > 1:
         with _reported():
             dist.all_gather_object(values, value)
     return values
@@ -91,34 +91,34 @@ def agree_on_stop() -> int:
 
     Never set back: a signal may have come while the others were asked.
     """
-    agreed = highest(stop_flag.signum or 0)
+    agreed = all_reduce_max(stop_flag.signum or 0)
     if agreed:
         stop_flag.signum = agreed
     return agreed
 
 
-def wait_for_all() -> None:
+def barrier() -> None:
     """Go on when every process has come here."""
-    highest(0)
+    all_reduce_max(0)
 
 
 @torch.no_grad()
 def average_gradients(parameters: list[nn.Parameter]) -> None:
     """Replace every gradient by its mean over the processes: one message, once an update."""
-    if size() == 1:
+    if world_size() == 1:
         return
     gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-    flat = total(torch.cat([g.flatten() for g in gradients])) / size()
+    flat = all_reduce(torch.cat([g.flatten() for g in gradients])) / world_size()
     for parameter, part in zip(parameters, flat.split([g.numel() for g in gradients]), strict=True):
         parameter.grad = part.view_as(parameter)
 
 
-def progress(*arguments, **settings) -> tqdm:
+def progress_bar(*arguments, **settings) -> tqdm:
     """A tqdm bar: of process 0, on a terminal; elsewhere it counts silently."""
     return tqdm(*arguments, **settings, leave=False, disable=None if rank() == 0 else True)
 
 
-def say(text: str) -> None:
+def print_once(text: str) -> None:
     """Print a line, in process 0."""
     if rank() == 0:
         print(text, flush=True)

@@ -6,12 +6,12 @@ import signal
 import pytest
 import torch
 
-from config import ConfigError
 from dataset import DatasetError
 from module import NotFiniteError
 from runtime import command
 from runtime.checkpoint import CheckpointError, RunInUseError
 from runtime.command import Interrupted, StopFlag
+from runtime.errors import ConfigError
 
 
 @pytest.fixture

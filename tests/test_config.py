@@ -6,8 +6,9 @@ import pytest
 import torch
 import yaml
 
-from config import Config, ConfigError, config_from_dict, config_to_dict, load_config, parse_yaml
+from config import Config, config_from_dict, config_to_dict, load_config, parse_yaml
 from model import construct_PPNet
+from runtime.errors import ConfigError
 from tests.tiny import ROOT
 
 

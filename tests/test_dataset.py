@@ -12,7 +12,7 @@ from PIL import Image
 
 import dataset
 import train
-from config import Config, ConfigError, DatasetConfig, ShapesConfig, load_config
+from config import Config, DatasetConfig, ShapesConfig, load_config
 from dataset import (
     DATASETS,
     MEAN,
@@ -30,6 +30,7 @@ from dataset import (
     train_batches,
     voc_palette,
 )
+from runtime.errors import ConfigError
 from tests import trees
 from tests.tiny import CONFIG
 

@@ -63,8 +63,13 @@ def start(folder: Path, code: str, processes: int = 1) -> list[subprocess.Popen]
     ]
 
 
+def run(script: str, arguments: tuple[str, ...]) -> str:
+    argv = [f"{script}.py", *arguments]
+    return f"import {script}, sys; from runtime import command; sys.argv = {argv!r}; command.run({script}.main)"
+
+
 def train(*arguments: str) -> str:
-    return f"import train, command, sys; sys.argv = ['train.py', *{list(arguments)!r}]; command.run(train.main)"
+    return run("train", arguments)
 
 
 def finish(processes: list[subprocess.Popen], timeout: float = 180) -> list[int]:
@@ -96,8 +101,9 @@ def test_two_processes_train_and_push_as_one(folder):
 
 def test_gradients_are_averaged_and_searches_merged(folder):
     code = """
-import torch, distributed
-from config import IGNORE
+import torch
+from runtime import distributed
+from grid import IGNORE
 from push import Nearest, Neighbours, _nearest_of_all, neighbours_of_all
 distributed.start(15)
 r = distributed.rank()
@@ -118,9 +124,7 @@ assert found.distance.tolist() == [[1.0, 1.0]] and found.image.tolist() == [[0, 
 
 
 def evaluate(*arguments: str) -> str:
-    return (
-        f"import evaluate, command, sys; sys.argv = ['evaluate.py', *{list(arguments)!r}]; command.run(evaluate.main)"
-    )
+    return run("evaluate", arguments)
 
 
 def evaluated(folder: Path, name: str, processes: int, *arguments: str) -> dict:
@@ -175,7 +179,8 @@ def test_two_processes_export_as_one(folder):
 
 def test_two_processes_measure_parts_as_one(folder):
     code = """
-import numpy as np, torch, distributed
+import numpy as np, torch
+from runtime import distributed
 from pathlib import Path
 from evaluation.parts import PartMetrics
 distributed.start(15)
@@ -199,7 +204,7 @@ own.merge()
 assert whole.summary()["part_stability"] == 0.8 and whole.hits.sum() == 10, (whole.summary(), whole.hits)
 assert own.summary() == whole.summary()
 assert torch.equal(own.hits, whole.hits) and torch.equal(own.images, whole.images)
-assert distributed.gathered_objects({r: "x" * r}) == [{0: ""}, {1: "x"}]
+assert distributed.all_gather_objects({r: "x" * r}) == [{0: ""}, {1: "x"}]
 """
     assert finish(start(folder, code, 2)) == [0, 0]
 

@@ -7,9 +7,9 @@ import zipfile
 import pytest
 
 import download_datasets
-from config import UserError
 from download import sources
 from download.fetch import DownloadError
+from runtime.errors import UserError
 from tests import archive_server as make
 from tests.archive_server import publish_voc, serving, tree
 

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 import download_voc
-from config import UserError
 from download import sources
 from download.fetch import DownloadError
+from runtime.errors import UserError
 from tests import archive_server as make
 from tests.archive_server import TRAIN_AUG, label, publish_voc, serving, tree
 

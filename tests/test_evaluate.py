@@ -12,7 +12,7 @@ from torch import nn
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
 import evaluate
-from config import Config, ConfigError, config_to_dict
+from config import Config, config_to_dict
 from dataset import CityscapesDataset, PascalVOCDataset, build_dataset, voc_palette
 from evaluate import View, label_image, sliding_logits, tta_logits
 from evaluation import submission as export
@@ -21,6 +21,7 @@ from metrics import ConfusionMatrix, bootstrap_difference, iou_of_tallies
 from model import LinearNet, construct_PPNet, pad_to_grid, upsample
 from module import TrainingModule, load_model
 from runtime.checkpoint import save_checkpoint
+from runtime.errors import ConfigError
 from tests.tiny import EveryEighthPixel, tiny_config
 
 CPU = torch.device("cpu")

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import explain
-from config import ConfigError
 from dataset import ClassMapping, DatasetError, ShapesDataset, build_dataset
 from explanation import gallery
 from explanation.gallery import count_decided, deciding_prototypes
@@ -16,6 +15,7 @@ from explanation.pages import script_json, write_page
 from model import pad_to_grid
 from runtime.checkpoint import CheckpointError
 from runtime.command import Interrupted, stop_flag
+from runtime.errors import ConfigError
 from tests.explained import Page, check_folder, files, make_checkpoint, unpack
 from tests.test_pixel_data import smooth_model
 from tests.tiny import RandomImages, tiny_config, tiny_ppnet

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from config import Config, ConfigError, ModelConfig
+from config import Config, ModelConfig
 from deeplab_features import DeepLabFeatures
 from model import (
     LinearNet,
@@ -20,6 +20,7 @@ from model import (
     squared_distances,
     upsample,
 )
+from runtime.errors import ConfigError
 from tests.tiny import EveryEighthPixel, tiny_ppnet
 
 GOLDEN = dict(np.load(Path(__file__).parent / "data" / "golden.npz"))

@@ -9,20 +9,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import module
-from config import Config, ConfigError, config_to_dict
+from config import Config, config_to_dict
 from losses import cross_entropy, diversity_loss, l1_loss, purity_loss
 from model import PPNet, cell_labels, construct_PPNet, multi_scale_outputs
-from module import (
-    NotFiniteError,
-    TrainingModule,
-    choose_device,
-    freeze_and_group,
-    group_of,
-    load_model,
-    load_weights,
-    lr_factor,
-)
+from module import NotFiniteError, TrainingModule, freeze_and_group, group_of, load_model, load_weights, lr_factor
 from runtime.checkpoint import CheckpointError, save_checkpoint
+from runtime.device import choose_device
+from runtime.errors import ConfigError
 from tests.tiny import RandomImages, tiny_config, tiny_ppnet
 
 CPU = torch.device("cpu")

@@ -7,11 +7,11 @@ import torch
 
 import prune
 import train
-from config import ConfigError
 from module import load_model
 from prune import choose_prototypes, renumber
 from push import Neighbours
 from runtime.checkpoint import load_checkpoint, save_checkpoint
+from runtime.errors import ConfigError
 from tests.tiny import tiny_ppnet
 
 CLASS_OF = torch.tensor([0, 0, 1, 1, 2, 2])

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 import train
-from config import ConfigError
 from evaluation.interpretability import zero_connections
 from module import soft_threshold
 from runtime.checkpoint import load_checkpoint
+from runtime.errors import ConfigError
 from tests.tiny import tiny_config
 
 CLASS_OF = torch.tensor([0, 1])

@@ -14,12 +14,13 @@ import yaml
 
 import module
 import train
-from config import ConfigError, UserError, config_from_dict, load_config
+from config import config_from_dict, load_config
 from dataset import DatasetError
 from losses import cross_entropy
 from module import NotFiniteError
 from runtime.checkpoint import CheckpointError, load_checkpoint, locked_run
 from runtime.command import Interrupted, stop_flag
+from runtime.errors import ConfigError, UserError
 from tests import trees
 from tests.tiny import CONFIG, ROOT, tiny_config
 

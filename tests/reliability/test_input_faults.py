@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import train
-from config import Config, ConfigError, config_to_dict, load_config
+from config import Config, config_to_dict, load_config
 from dataset import MAX_PIXELS, DatasetError, open_dataset
 from explanation.pictures import draw_prototypes
 from runtime.checkpoint import load_checkpoint
+from runtime.errors import ConfigError
 from tests.reliability.faults import difference
 from tests.tiny import ROOT
 
