@@ -373,7 +373,8 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
 torch.set_num_threads(1)
-import deeplab_features, train, command
+import deeplab_features, train
+from runtime import command
 from tests.tiny import TinyResNet
 deeplab_features.BACKBONES["resnet18"] = (TinyResNet, None)
 sys.modules["torch.utils.tensorboard"] = None
