@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -23,16 +24,73 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from runtime.command import stop_flag
+from runtime.errors import ConfigError
 
 
-def start(timeout: float) -> None:
-    """Join the other processes that torchrun started, if it did."""
-    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+def start(timeout: float, asked: Mapping[str, object] | None = None) -> None:
+    """Join the other processes that torchrun started, if it did, and see that all were asked for the same.
+
+    timeout: seconds. asked: plain data by name, the resolved configuration and the arguments for example.
+    Raises ConfigError, in all of them, if it differs; and if the environment says that there are others but not how
+    they are found. A cluster that says WORLD_SIZE=1, whatever else it says, has one process.
+    """
+    if dist.is_initialized() or (size := _number("WORLD_SIZE", 1, 10**6, default=1)) == 1:
         return
+    _check_environment(size)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with _reported():
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     atexit.register(dist.destroy_process_group)  # else Python may abort at its end, with a thread of gloo still running
+    check_same(asked or {})
+
+
+def _number(name: str, least: int, most: int, default: int | None = None) -> int:
+    """The whole number that a variable of the environment holds. Raises ConfigError."""
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not re.fullmatch("[0-9]{1,7}", text) or not least <= int(text) <= most:
+        raise _no_start(name, f"want a number of {least} to {most}")
+    return int(text)
+
+
+def _no_start(name: str, want: str) -> ConfigError:
+    found = repr(os.environ[name][:40]) if name in os.environ else "none"
+    return ConfigError(
+        f"{name} in the environment: {want}, got {found}. Several processes are started with"
+        " torchrun --nproc_per_node N SCRIPT; for one process: unset WORLD_SIZE"
+    )
+
+
+def _check_environment(size: int) -> None:
+    """See that torch can find the other processes before it waits for them. Raises ConfigError."""
+    _number("RANK", 0, size - 1)
+    _number("LOCAL_RANK", 0, size - 1, default=0)
+    _number("MASTER_PORT", 1, 65535)
+    if not os.environ.get("MASTER_ADDR"):
+        raise _no_start("MASTER_ADDR", "want the name of the first process's machine")
+
+
+def check_same(asked: Mapping[str, object]) -> None:
+    """Raise ConfigError, in all processes, if they were asked for different things: plain data by name."""
+    flat = [dict(_leaves(one)) for one in all_gather_objects(asked)]
+    differing = []
+    for key in dict.fromkeys(key for leaves in flat for key in leaves):
+        values = [repr(leaves[key]) if key in leaves else "not given" for leaves in flat]
+        other = next((r for r, value in enumerate(values) if value != values[0]), 0)
+        if other:
+            differing.append(f"{key} is {values[0][:80]} in process 0 and {values[other][:80]} in process {other}")
+    if differing:
+        raise ConfigError(f"the processes of this run were asked for different things: {'; '.join(differing[:5])}")
+
+
+def _leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """Nested plain data as (dotted key, scalar)."""
+    if not value or not isinstance(value, (Mapping, list, tuple)):
+        yield path, value
+        return
+    for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+        yield from _leaves(inner, f"{path}.{key}" if path else str(key))
 
 
 def rank() -> int:
@@ -113,9 +171,10 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
         parameter.grad = part.view_as(parameter)
 
 
-def progress_bar(*arguments, **settings) -> tqdm:
-    """A tqdm bar: of process 0, on a terminal; elsewhere it counts silently."""
-    return tqdm(*arguments, **settings, leave=False, disable=None if rank() == 0 else True)
+def progress_bar(total: int, desc: str, unit: str, initial: int = 0) -> tqdm:
+    """A tqdm bar to update by hand: of process 0, on a terminal; elsewhere it counts silently."""
+    disable = None if rank() == 0 else True
+    return tqdm(total=total, desc=desc, unit=unit, initial=initial, leave=False, disable=disable)
 
 
 def print_once(text: str) -> None:
@@ -130,7 +189,7 @@ def _reported() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise OSError(
-            f"process {os.environ.get('RANK', '?')}: another process of this run died or hangs"
+            f"process {os.environ.get('RANK', '?')}: another process of this run cannot be reached, died or hangs"
             f" ({str(error).strip().splitlines()[0][:160]}). When it is mended: the same command again, or, if it was"
             " training, with --resume auto"
         ) from None

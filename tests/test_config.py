@@ -1,14 +1,27 @@
 """The configuration: what it accepts, what it refuses, and in which words."""
 
+import argparse
 import dataclasses
+import os
 
 import pytest
 import torch
 import yaml
 
-from config import Config, config_from_dict, config_to_dict, load_config, parse_yaml
+from config import (
+    GROUPS,
+    Config,
+    PathsConfig,
+    config_arguments,
+    config_from_dict,
+    config_to_dict,
+    load_config,
+    parse_yaml,
+)
 from model import construct_PPNet
+from runtime.command import add_config_arguments
 from runtime.errors import ConfigError
+from runtime.typed_yaml import dump_yaml
 from tests.tiny import ROOT
 
 
@@ -236,3 +249,130 @@ def test_a_folder_and_a_picture_are_no_configurations(tmp_path):
 def test_lines_of_dotted_keys():
     _, lines = parse_yaml("a:\n  b: 1\n  c:\n    - {d: 2}\n    - {d: 3}\n")
     assert (lines["a.b"], lines["a.c.0.d"], lines["a.c.1.d"]) == (2, 4, 5)
+
+
+# --- paths, names and text -------------------------------------------------------------------------------------
+
+TYPED = ["2024-05-01", "123", "1e3", "no", "a#b", "runs #3", "a: b", "[x]", "ünï cødé", "=a=b", "-"]
+
+
+@pytest.mark.parametrize("text", TYPED)
+def test_a_folder_is_called_what_was_typed(tmp_path, text):
+    config = load(tmp_path, "", f"paths.model_dir={text}")
+    assert config.paths.model_dir == text
+    assert load(tmp_path, dump_yaml(config_to_dict(config))) == config  # and results/config.yaml says the same
+
+
+@pytest.mark.parametrize("key", ["dataset.root", "paths.model_dir", "paths.results_dir", "model.pretrained"])
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch, key):
+    section, name = key.split(".")
+    monkeypatch.setenv("HOME", "/home/of me")
+    for config in (load(tmp_path, "", f"{key}=~/a#b"), load(tmp_path, f"{section}: {{{name}: ~/a#b}}")):
+        assert getattr(getattr(config, section), name) == "/home/of me/a#b"
+    for home in ("", None):
+        monkeypatch.setenv("HOME", home) if home is not None else monkeypatch.delenv("HOME")
+        assert f"--set: {key}: want a path; there is no home folder for ~ here" in refusal(tmp_path, "", f"{key}=~/a")
+    assert "no home folder for ~nobody-at-all here" in refusal(tmp_path, "", f"{key}=~nobody-at-all/a")
+
+
+@pytest.mark.parametrize("split", ["../images/train", "a/b", "a\\b", "..", ".", "", "a\0b", "a\nb"])
+@pytest.mark.parametrize("key", ["train_split", "val_split"])
+def test_a_split_that_leads_elsewhere_is_refused(tmp_path, key, split):
+    assert f"--set: dataset.{key}: want " in refusal(tmp_path, "", f"dataset.{key}={split}")
+    raw = config_to_dict(Config())
+    raw["dataset"][key] = split  # as a checkpoint may say
+    with pytest.raises(ConfigError, match=f"dataset.{key}: want "):
+        config_from_dict(raw)
+
+
+@pytest.mark.parametrize("key", ["dataset.root", "paths.model_dir", "paths.results_dir"])
+def test_a_path_is_not_empty(tmp_path, key):
+    assert f"--set: {key}: want a line of UTF-8 text, got ''" in refusal(tmp_path, "", f"{key}=")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.num_classes=0", "model.num_classes: want at least 2, got 0"),
+        ("training.seed=0501", "training.seed: want a whole number, got '0501'"),
+        ("training.batch_size=1:30", "training.batch_size: want a whole number, got '1:30'"),
+        ("training.batch_size=4 # four", "'#' begins no comment here"),
+        ("system.device=cuda:300", "system.device: want auto, cpu, mps, cuda or cuda:N, got 'cuda:300'"),
+        ("system.device=cuda:٣", "system.device: want auto"),
+        ("training.phases.0.early_stopping=-1", "training.phases.0.early_stopping: want at least 0, got -1"),
+        ("training.phases.0.lr.backbone=2", "phases.0.lr.backbone: want a learning rate in (0, 1], or null to freeze"),
+        ("training.phases.0.lr.bakbone=2", "training.phases.0.lr.bakbone: unknown key; did you mean 'backbone'?"),
+        ("training.phases.1.name=warmup", "training.phases.1.name: want a new name, 'warmup' is phase 0"),
+        ("model.msc_scales=[0.5, 5]", "model.msc_scales.1: want at most 4, got 5.0"),
+        ("paths.model_dir=a\udcffb", "paths.model_dir: want a line of UTF-8 text"),
+    ],
+)
+def test_refuses_what_no_run_can_use(tmp_path, override, message):
+    assert message in refusal(tmp_path, "", override)
+
+
+def test_a_problem_of_a_default_is_told_at_its_section(tmp_path):
+    message = refusal(tmp_path, "\nmodel:\n  num_classes: 4\n")
+    assert f"{tmp_path}/some.yaml:2: model.prototype_shape: 190 prototypes cannot be shared" in message
+
+
+def test_every_parameter_group_has_a_rate():
+    assert GROUPS == ("backbone", "add_on", "prototypes", "last_layer")
+
+
+# --- files that are none ---------------------------------------------------------------------------------------
+
+
+def test_a_configuration_that_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "large.yaml").write_bytes(b"#" * 2_000_000)
+    for path, reason in (
+        (tmp_path / "pipe.yaml", "it is no file"),
+        ("/dev/zero", "it is no file"),
+        (tmp_path, "it is a directory"),
+        ("", "it is a directory"),
+        ("-", "No such file"),
+        ("a\0b", "null"),
+        ("x" * 5000, "too long"),
+        (tmp_path / "large.yaml", "2,000,000 bytes are more"),
+    ):
+        with pytest.raises(ConfigError, match=reason) as caught:
+            load_config(path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-8"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_line_ends_and_a_byte_order_mark_change_nothing(tmp_path, encoding, line_end):
+    (tmp_path / "some.yaml").write_bytes(
+        line_end.join(["training:", "  seed: 7", "  batch_size: 3", ""]).encode(encoding)
+    )
+    assert load_config(tmp_path / "some.yaml").training.seed == 7
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "latin-1"])
+def test_another_encoding_is_refused(tmp_path, encoding):
+    (tmp_path / "some.yaml").write_bytes("paths: {model_dir: é}\n".encode(encoding))
+    with pytest.raises(ConfigError, match="some.yaml.*not UTF-8 text"):
+        load_config(tmp_path / "some.yaml")
+
+
+# --- the command to go on with ---------------------------------------------------------------------------------
+
+
+def test_the_options_give_the_same_configuration_in_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some.yaml").write_text("paths: {model_dir: my models}\ndataset: {root: data}")
+    overrides = ["training.seed=3", "paths.results_dir=a #b", "model.pretrained=weights.pth"]
+    config = load_config("some.yaml", overrides)
+    options = config_arguments(config, "some.yaml", overrides)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    parser = argparse.ArgumentParser()
+    add_config_arguments(parser)
+    arguments = parser.parse_args(options)
+    again = load_config(arguments.config, arguments.overrides)
+    assert again.paths == PathsConfig(model_dir=f"{tmp_path}/my models", results_dir=f"{tmp_path}/a #b")
+    assert (again.dataset.root, again.model.pretrained) == (f"{tmp_path}/data", f"{tmp_path}/weights.pth")
+    assert again.training == config.training
+    assert config_arguments(again, arguments.config, arguments.overrides) == options

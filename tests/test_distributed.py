@@ -14,7 +14,9 @@ import torch
 
 from config import config_to_dict, load_config
 from model import construct_PPNet
-from runtime.checkpoint import load_checkpoint, load_last, save_checkpoint
+from runtime import distributed
+from runtime.checkpoint import Checkpoint, load_checkpoint, load_last, save_checkpoint
+from runtime.errors import ConfigError
 from tests.test_evaluate import write_cityscapes
 
 ROOT = Path(__file__).parent.parent
@@ -93,9 +95,9 @@ def test_two_processes_train_and_push_as_one(folder):
     assert finish(start(folder, train(), 2)) == [0, 0]
     for name in ("warmup", "joint", "push", "final"):
         single, double = (load_checkpoint(folder / f / f"{name}_checkpoint.pth") for f in ("one", "models"))
-        for key, value in single["model"].items():
-            torch.testing.assert_close(double["model"][key], value, rtol=1e-6, atol=1e-6, msg=f"{name}: {key}")
-        places = [[(r["image"], r["cell"], r["merged"]) for r in state["prototypes"]] for state in (single, double)]
+        for key, value in single.model.items():
+            torch.testing.assert_close(double.model[key], value, rtol=1e-6, atol=1e-6, msg=f"{name}: {key}")
+        places = [[(r["image"], r["cell"], r["merged"]) for r in state.prototypes] for state in (single, double)]
         assert places[0] == places[1]
 
 
@@ -104,7 +106,7 @@ def test_gradients_are_averaged_and_searches_merged(folder):
 import torch
 from runtime import distributed
 from grid import IGNORE
-from push import Nearest, Neighbours, _nearest_of_all, neighbours_of_all
+from push import Neighbours
 distributed.start(15)
 r = distributed.rank()
 p = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(1))]
@@ -112,12 +114,14 @@ p[0].grad = torch.full((2, 3), 1.0 + r)
 distributed.average_gradients(p)
 assert p[0].grad.eq(1.5).all() and p[1].grad.eq(0).all()
 image = torch.tensor([[r, -1, r]]).T[:, 0]
-own = Nearest(torch.tensor([2.0 - r, torch.inf, 1.0]), image, image[:, None].expand(3, 2), image[:, None].float())
-best = _nearest_of_all(own)
-assert best.image[0] == 1 and best.distance[1].isinf() and best.image[2] == 0, best
+place = image[:, None, None]
+distance, column = torch.tensor([[2.0 - r, torch.inf, 1.0]]).T, image[:, None]
+own = Neighbours(distance, column, place.expand(3, 1, 2), column, place.float())
+best = Neighbours(*(values[:, 0] for values in own.of_all_processes()))
+assert best.image[0] == 1 and best.vector[0] == 1 and best.distance[1].isinf() and best.image[2] == 0, best
 cells, labels = torch.zeros(1, 2, 2).long(), torch.tensor([[r, r]])
-near = Neighbours(torch.tensor([[1.0, 3.0 - r]]), torch.tensor([[r, 2 + r]]), cells, labels)
-found = neighbours_of_all(near)
+near = Neighbours(torch.tensor([[1.0, 3.0 - r]]), torch.tensor([[r, 2 + r]]), cells, labels, torch.zeros(1, 2, 0))
+found = near.of_all_processes()
 assert found.distance.tolist() == [[1.0, 1.0]] and found.image.tolist() == [[0, 1]], found
 """
     assert finish(start(folder, code, 2)) == [0, 0]
@@ -128,8 +132,10 @@ def evaluate(*arguments: str) -> str:
 
 
 def evaluated(folder: Path, name: str, processes: int, *arguments: str) -> dict:
-    paths = ["--checkpoint", "models/warmup_checkpoint.pth", "--set", f"paths.results_dir={name}"]
+    # The same command for all, since a report says how it was made; then out of the way of the next one.
+    paths = ["--checkpoint", "models/warmup_checkpoint.pth", "--set", "paths.results_dir=found"]
     assert finish(start(folder, evaluate(*paths, *arguments), processes)) == [0] * processes
+    (folder / "found").rename(folder / name)
     return json.loads((folder / name / "evaluation" / "warmup_checkpoint.json").read_text())
 
 
@@ -167,8 +173,7 @@ def test_two_processes_export_as_one(folder):
     config = load_config(folder / "config.yaml", model)
     torch.manual_seed(0)
     weights = construct_PPNet(config.model).state_dict()
-    state = {"config": config_to_dict(config), "phase": 1, "step": 1, "stage": "joint", "model": weights}
-    save_checkpoint(folder / "a.pth", state)
+    save_checkpoint(folder / "a.pth", Checkpoint(config_to_dict(config), "joint", 1, 1, dict(weights)))
     for processes in (1, 2):
         code = evaluate("--checkpoint", "a.pth", "--split", "test", "--export", f"out{processes}")
         assert finish(start(folder, code, processes)) == [0] * processes
@@ -183,6 +188,7 @@ import numpy as np, torch
 from runtime import distributed
 from pathlib import Path
 from evaluation.parts import PartMetrics
+from grid import Grid
 distributed.start(15)
 r = distributed.rank()
 
@@ -193,17 +199,17 @@ def see(metrics, image):
     parts[6:11, 14:19] = 1
     parts[14:19, 14:19] = 2
     noisy = values.flip(1) if image == 2 else values
-    metrics.update(values, noisy, torch.zeros(33, 33).long(), parts, 8)
+    metrics.update(values, noisy, torch.zeros(33, 33).long(), parts)
 
-own, whole = PartMetrics(torch.tensor([0, 0])), PartMetrics(torch.tensor([0, 0]))
+own, whole = (PartMetrics(torch.tensor([0, 0]), Grid()) for _ in range(2))
 for image in range(5):
     see(whole, image)
     if image % 2 == r:
         see(own, image)
 own.merge()
-assert whole.summary()["part_stability"] == 0.8 and whole.hits.sum() == 10, (whole.summary(), whole.hits)
+assert whole.summary()["part_stability"] == 0.8 and whole.sums["hits"].sum() == 10, (whole.summary(), whole.sums)
 assert own.summary() == whole.summary()
-assert torch.equal(own.hits, whole.hits) and torch.equal(own.images, whole.images)
+assert torch.equal(own.sums["hits"], whole.sums["hits"]) and torch.equal(own.sums["images"], whole.sums["images"])
 assert distributed.all_gather_objects({r: "x" * r}) == [{0: ""}, {1: "x"}]
 """
     assert finish(start(folder, code, 2)) == [0, 0]
@@ -212,10 +218,90 @@ assert distributed.all_gather_objects({r: "x" * r}) == [{0: ""}, {1: "x"}]
 def test_a_signal_to_one_stops_the_evaluation_of_both(folder):
     short = ["training.phases.0.steps=2", "training.phases.1.steps=2", "training.phases.2.steps=2"]
     assert finish(start(folder, train(*(a for value in short for a in ("--set", value))))) == [0]
-    code = "import signal, os, evaluate; real = evaluate.label_image; second = os.environ['RANK'] == '1';"
-    code += "evaluate.label_image = lambda *a: (second and os.kill(os.getpid(), signal.SIGTERM), real(*a))[1];"
+    code = "import signal, os; from evaluation import measuring; real = measuring.label_image;"
+    code += "second = os.environ['RANK'] == '1';"
+    code += "measuring.label_image = lambda *a: (second and os.kill(os.getpid(), signal.SIGTERM), real(*a))[1];"
     code += evaluate("--checkpoint", "models/warmup_checkpoint.pth", "--set", "dataset.shapes.val_images=6")
     assert finish(start(folder, code, 2)) == [143, 143]
+
+
+ASKED = """
+import os, sys
+from runtime import command, distributed
+def main(argv):
+    seed = 1 + int(sys.argv[1]) * int(os.environ["RANK"])
+    distributed.start(15, {"training": {"seed": seed, "phases": [3] * seed}, "--phase": None})
+    print("started")
+command.run(main)
+"""
+
+
+def test_processes_that_were_asked_for_the_same_start(folder):
+    assert finish(start(folder, ASKED.replace("sys.argv[1]", "'0'"), 2)) == [0, 0]
+
+
+def test_processes_that_were_asked_for_different_things_are_refused(folder):
+    processes = start(folder, ASKED.replace("sys.argv[1]", "'1'"), 3)
+    said = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2, 2]
+    reason = "training.seed is 1 in process 0 and 2 in process 1; training.phases.1 is not given in process 0"
+    message = f"error: the processes of this run were asked for different things: {reason} and 3 in process 1"
+    assert all(line.startswith(message) and line.count("\n") == 1 for line in said), said
+
+
+def test_processes_with_different_settings_do_not_train(folder):
+    code = f"import os, sys; extra = ['--set', 'training.seed=' + os.environ['RANK']];{train()}"
+    code = code.replace("sys.argv = ['train.py']", "sys.argv = ['train.py', *extra]")
+    processes = start(folder, code, 2)
+    said = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert all("training.seed is 0 in process 0 and 1 in process 1" in line for line in said)
+    assert not (folder / "models").exists() and not (folder / "results").exists()
+
+
+def test_processes_with_different_options_do_not_evaluate(folder):
+    assert finish(start(folder, train("--phase", "0", "--set", "training.phases.0.steps=1"))) == [0]
+    code = f"import os, sys; extra = ['--tta'][:int(os.environ['RANK'])];{evaluate('models/warmup_checkpoint.pth')}"
+    processes = start(folder, code.replace("_checkpoint.pth']", "_checkpoint.pth', *extra]"), 2)
+    said = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert all("tta is 'False' in process 0 and 'True' in process 1" in line for line in said)
+
+
+OTHERS = {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+ENVIRONMENT = {
+    "one": ({"WORLD_SIZE": "1"}, ""),
+    "one, and nonsense": ({"WORLD_SIZE": "1", "RANK": "7", "LOCAL_RANK": "x", "MASTER_PORT": "tcp://1.2.3.4:5"}, ""),
+    "a rank alone": ({"RANK": "1", "LOCAL_RANK": "3"}, ""),
+    "a cluster's own": ({"SLURM_NTASKS": "4", "SLURM_PROCID": "1", "OMPI_COMM_WORLD_SIZE": "4", "PMI_RANK": "1"}, ""),
+    "two alone": ({"WORLD_SIZE": "2"}, "RANK in the environment: want a number of 0 to 1, got none"),
+    "no port": ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_PORT in the environment: want a number of 1 to 65535"),
+    "no address": ({"WORLD_SIZE": "2"} | OTHERS | {"MASTER_ADDR": ""}, "MASTER_ADDR in the environment: want the name"),
+    "a rank too high": ({"WORLD_SIZE": "2"} | OTHERS | {"RANK": "2"}, "RANK in the environment: want a number of 0"),
+    "a bad local rank": ({"WORLD_SIZE": "2"} | OTHERS | {"LOCAL_RANK": "x"}, "LOCAL_RANK in the environment: want"),
+    "text": ({"WORLD_SIZE": "two"} | OTHERS, "WORLD_SIZE in the environment: want a number of 1 to 1000000, got 'two'"),
+    "nothing": ({"WORLD_SIZE": ""} | OTHERS, "got ''"),
+    "zero": ({"WORLD_SIZE": "0"} | OTHERS, "got '0'"),
+    "a fraction": ({"WORLD_SIZE": "1.0"} | OTHERS, "got '1.0'"),
+    "other digits": ({"WORLD_SIZE": "٢"} | OTHERS, "got '٢'"),
+    "very many": ({"WORLD_SIZE": "9" * 5000} | OTHERS, "got '9999"),
+}
+
+
+@pytest.mark.parametrize("case", ENVIRONMENT)
+def test_the_environment_is_of_one_process_or_refused(monkeypatch, case):
+    variables, message = ENVIRONMENT[case]
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if not message:
+        distributed.start(5)
+        assert (distributed.world_size(), distributed.rank(), distributed.local_rank()) == (1, 0, 0)
+        return
+    with pytest.raises(ConfigError) as caught:
+        distributed.start(5)
+    assert message in str(caught.value) and "torchrun" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_killed_process_ends_the_other(folder):
@@ -236,7 +322,9 @@ def test_a_stopped_process_ends_the_other_in_time(folder):
 
 
 def test_a_full_disk_in_the_writer_ends_all(folder):
-    code = "import train; train.save_checkpoint = lambda *a: (_ for _ in ()).throw(OSError('disk full'));" + train()
+    code = (
+        "import train; train.save_checkpoint = lambda *a, **how: (_ for _ in ()).throw(OSError('disk full'));" + train()
+    )
     assert finish(start(folder, code, 2)) == [4, 4]
 
 
@@ -246,9 +334,9 @@ def test_a_signal_to_one_stops_both_and_they_resume_exactly(folder):
     second.send_signal(signal.SIGTERM)
     assert finish([first, second]) == [143, 143]
     state, _ = load_last(folder / "models" / "last_checkpoint.pth")
-    assert state["stage"] == "joint" and state["step"] % 2 == 0
+    assert state.stage == "joint" and state.step % 2 == 0
     assert finish(start(folder, train("--resume", "auto"), 2)) == [0, 0]
     (folder / "models").rename(folder / "resumed")
     assert finish(start(folder, train(), 2)) == [0, 0]
-    resumed, whole = (load_checkpoint(folder / f / "final_checkpoint.pth")["model"] for f in ("resumed", "models"))
+    resumed, whole = (load_checkpoint(folder / f / "final_checkpoint.pth").model for f in ("resumed", "models"))
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)
