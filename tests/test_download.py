@@ -1,4 +1,4 @@
-"""`download.py`: fetch, arriving, locked, unpack. Hostile cases: tests/reliability/test_download_faults.py."""
+"""The download wing: fetch, claimed, unpack. Hostile cases: tests/reliability/test_download_faults.py."""
 
 import errno
 import os
@@ -10,8 +10,10 @@ import sys
 import pytest
 
 from download import fetch as download
-from download.fetch import DownloadError, arriving, fetch, locked, need_space, unpack, write_whole
+from download.fetch import DownloadError, claimed, fetch
+from download.unpack import unpack
 from runtime.command import Interrupted, stop_flag
+from runtime.files import arriving, need_space, replacing
 from tests.archive_server import make_tar, make_zip, noise, serving, tree
 
 BODY = noise(5000)
@@ -102,7 +104,7 @@ def test_without_a_strong_etag_it_starts_over(server, tmp_path, monkeypatch, eta
 
 def test_a_complete_part_is_verified_without_asking(server, tmp_path, monkeypatch):
     urls, checksum = server.publish("file.bin", BODY)
-    monkeypatch.setattr(download, "_mismatch", lambda *args: 1 / 0)
+    monkeypatch.setattr(download, "mismatch", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         fetch(urls, tmp_path / "file.bin", checksum)
     monkeypatch.undo()
@@ -256,19 +258,18 @@ def test_connecting_and_reading_have_time_limits(server, tmp_path, monkeypatch):
 
 def test_the_second_process_is_told(tmp_path):
     target = tmp_path / "new" / "data"
-    with locked(target), pytest.raises(DownloadError, match="another process is working on it"):
-        with locked(target):
+    with claimed(target), pytest.raises(DownloadError, match=rf"data: process {os.getpid()} on .* is working on it"):
+        with claimed(target):
             pass
-    with locked(target):
+    with claimed(target):
         pass
 
 
 def test_a_lock_ends_with_its_process(tmp_path):
-    code = (
-        "import os, sys, pathlib\nfrom download import fetch\nwith fetch.locked(pathlib.Path(sys.argv[1])): os._exit(9)"
-    )
+    code = "import os, sys\nfrom pathlib import Path\nfrom download import fetch\n"
+    code += "with fetch.claimed(Path(sys.argv[1])): os._exit(9)"
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "data")]).returncode == 9
-    with locked(tmp_path / "data"):
+    with claimed(tmp_path / "data"):
         pass
 
 
@@ -306,10 +307,10 @@ def test_a_planted_link_is_not_followed(tmp_path):
 
 def test_a_text_is_replaced_at_once(tmp_path, monkeypatch):
     path = tmp_path / "list.txt"
-    write_whole(path, "old\n")
+    path.write_text("old\n")
     monkeypatch.setattr(os, "replace", lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        write_whole(path, "new\n")
+    with pytest.raises(ZeroDivisionError), replacing(path, "w") as file:
+        file.write("new\n")
     assert path.read_text() == "old\n"
 
 

