@@ -6,8 +6,8 @@
 B images, C classes, P prototypes, D prototype depth, (h, w) feature grid, (H, W) image.
 Source: Sacha et al., "ProtoSeg: Interpretable Semantic Segmentation with Prototypical Parts" (WACV 2023).
 
-Geometry: cell (i, j) looks at pixel (8i, 8j). Images are padded at the bottom and right to 8k + 1 pixels, where the
-grid ends exactly on the last pixel; labels are read at every 8th pixel; logits are upsampled with corners aligned.
+Geometry: which pixel a cell looks at is said by the features' grid (grid.py); for DeepLab-v2 cell (i, j) looks at pixel
+(8i, 8j). Images are padded at the bottom and right so that the grid ends on the last pixel.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from config import ModelConfig
-from deeplab_features import BACKBONES, DeepLabFeatures
-from grid import IGNORE, OUTPUT_STRIDE
+from deeplab_features import DeepLabFeatures
+from grid import Grid, grid_of
 from runtime.errors import ConfigError
 
 EPSILON = 1e-4  # of the log activation; the largest possible activation is log(1 / EPSILON) = 9.2
@@ -37,14 +36,14 @@ class PPNetOutput(NamedTuple):
 class SegmentationNet(nn.Module):
     """What the two networks share: from logits on the feature grid to logits of every pixel, and batch norm's state.
 
-    features: any module that maps (B, 3, H, W) to (B, D, h, w), with cell (i, j) at pixel (s i, s j); its attribute
-    `output_stride` is s, 8 if it has none.
+    features: any module that maps (B, 3, H, W) to (B, D, h, w). Its attribute `grid` says which pixels its cells look
+    at; without one, cell (i, j) is at pixel (s i, s j), with s its `output_stride`, 8 if it has none.
     """
 
     def __init__(self, features: nn.Module):
         super().__init__()
         self.features = features
-        self.output_stride = getattr(features, "output_stride", OUTPUT_STRIDE)
+        self.grid = grid_of(features)
 
     def train(self, mode: bool = True):
         """Training mode, except for batch norms whose affine is frozen: those keep their statistics, too."""
@@ -54,18 +53,28 @@ class SegmentationNet(nn.Module):
                 layer.eval()
         return self
 
+    def head(self, features: Tensor) -> PPNetOutput:
+        """What follows the features (B, ., h, w): logits, and distances where there are prototypes."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> PPNetOutput:
+        """(B, 3, H, W) -> logits (B, C, h, w) and squared distances (B, P, h, w) or None; see `at_least_float32`."""
+        return self.head(self.features(images))
+
     def predict(self, images: Tensor) -> Tensor:
         """Logits of every pixel: (B, 3, H, W) of any size -> (B, C, H, W)."""
         height, width = images.shape[-2:]
-        padded = pad_to_grid(images, 0.0, self.output_stride)
-        return upsample(self(padded).logits, padded.shape[-2:])[..., :height, :width]
+        padded = self.grid.pad(images, 0.0)
+        return self.grid.upsample(self(padded).logits, padded.shape[-2:])[..., :height, :width]
 
-    def predict_multi_scale(self, images: Tensor, scales: tuple[float, ...]) -> Tensor:
-        """Like `predict`, with the pixel-wise maximum over the image's own scale and `scales`."""
-        height, width = images.shape[-2:]
-        padded = pad_to_grid(images, 0.0, self.output_stride)
-        logits = multi_scale_outputs(self, padded, scales)[-1].logits
-        return upsample(logits, padded.shape[-2:])[..., :height, :width]
+    def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """The parameters of each group that a phase can train, with their names in this model.
+
+        Features may declare groups of their own in the same way; all parameters of others are `backbone`.
+        """
+        declared = getattr(self.features, "parameter_groups", None)
+        groups = declared() if declared else {"backbone": list(self.features.named_parameters())}
+        return {group: [(f"features.{name}", p) for name, p in members] for group, members in groups.items()}
 
 
 class PPNet(SegmentationNet):
@@ -76,6 +85,8 @@ class PPNet(SegmentationNet):
     add_on_layers_type: "deeplab_simple" = sigmoid; "bottleneck" = 1x1 convolution, ReLU, 1x1 convolution, sigmoid.
     distance_scale: multiplies the squared distance before the activation.
     """
+
+    prototype_class: Tensor
 
     def __init__(
         self,
@@ -108,20 +119,25 @@ class PPNet(SegmentationNet):
         """What the prototypes are compared with: (B, 3, H, W) -> (B, D, h, w), in (0, 1)."""
         return self.add_on_layers(self.features(images))
 
-    def forward(self, images: Tensor) -> PPNetOutput:
-        """(B, 3, H, W) -> logits (B, C, h, w) and squared distances (B, P, h, w), both float32."""
-        return self.classify(self.conv_features(images))
+    def head(self, features: Tensor) -> PPNetOutput:
+        """The add-on layers and the prototype layer: (B, ., h, w) -> logits (B, C, h, w), distances (B, P, h, w)."""
+        return self.classify(self.add_on_layers(features))
 
     def classify(self, features: Tensor) -> PPNetOutput:
         """The prototype layer: features (B, D, h, w) -> logits and distances, in float32 also under autocast.
 
         Squared distances come from a cancellation that bfloat16's 8 bits of mantissa would not survive.
         """
+        distances = self.distances(features)
         with torch.autocast(features.device.type, enabled=False):
-            distances = squared_distances(features.float(), self.prototype_vectors)
-            activations = self.activations(distances)
-            logits = (self.last_layer.weight @ activations.flatten(2)).unflatten(2, distances.shape[2:])
+            logits = self.class_logits(self.evidence(self.activations(distances)))
         return PPNetOutput(logits, distances)
+
+    def distances(self, features: Tensor) -> Tensor:
+        """Squared distance of every cell to every prototype: (B, D, h, w) -> (B, P, h, w), see `at_least_float32`."""
+        with torch.autocast(features.device.type, enabled=False):
+            features = at_least_float32(features)
+            return squared_distances(features, self.prototype_vectors.to(features.dtype))
 
     def activations(self, distances: Tensor) -> Tensor:
         """Similarity to the prototypes from squared distances (any shape): the larger, the more alike."""
@@ -130,22 +146,61 @@ class PPNet(SegmentationNet):
             return -distances
         return torch.log((distances + 1) / (distances + EPSILON))
 
-    def contributions(self, distances: Tensor, classes: Tensor | None = None) -> Tensor:
+    def evidence(self, activations: Tensor) -> Tensor:
+        """What the last layer sees, (B, U, h, w), of activations (B, P, h, w): the activations themselves."""
+        return activations
+
+    @property
+    def unit_class(self) -> Tensor:
+        """The class of each unit that the last layer sees, (U,) int64."""
+        return self.prototype_class
+
+    def class_logits(self, evidence: Tensor) -> Tensor:
+        """The last layer: evidence (B, U, h, w) -> logits (B, C, h, w)."""
+        return (self.last_layer.weight.to(evidence.dtype) @ evidence.flatten(2)).unflatten(2, evidence.shape[2:])
+
+    def contributions(self, distances: Tensor) -> Tensor:
         """What each prototype adds to each class's logit: (B, P, h, w) -> (B, C, P, h, w).
 
-        classes (B, h, w): of one class at each cell, -> (B, P, h, w).
-
-        Their sum over P is `forward`'s logit at every cell; upsampling is linear, so that what `upsample` makes of
-        them sums to `predict`'s logit at every pixel.
+        Their sum over P is `forward`'s logit at every cell; upsampling is linear, so that what `Grid.upsample` makes
+        of them sums to `predict`'s logit at every pixel.
         """
-        if classes is not None:
-            return self.last_layer.weight[classes].movedim(-1, 1) * self.activations(distances)
         return self.last_layer.weight[..., None, None] * self.activations(distances)[:, None]
+
+    def contributions_to(self, distances: Tensor, classes: Tensor) -> Tensor:
+        """What each prototype adds to the logit of one class a cell: (B, P, h, w), (B, h, w) -> (B, P, h, w)."""
+        return self.last_layer.weight[classes].movedim(-1, 1) * self.activations(distances)
+
+    def contributions_of(self, distances: Tensor, prototypes: Tensor) -> Tensor:
+        """What one prototype a cell adds to each class's logit: (B, P, h, w), (B, h, w) -> (B, C, h, w)."""
+        activations = self.activations(distances.gather(1, prototypes[:, None]))
+        return self.last_layer.weight.T[prototypes].movedim(-1, 1) * activations
+
+    def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """Those of the features, the add-on layers with the features' own, the prototypes, and the last layer."""
+        groups = super().parameter_groups()
+        members = {name: parameter for name, parameter in self.named_parameters() if not name.startswith("features.")}
+        add_on = [(name, parameter) for name, parameter in members.items() if name.startswith("add_on_layers.")]
+        groups["add_on"] = groups.get("add_on", []) + add_on
+        groups["prototypes"] = [("prototype_vectors", members["prototype_vectors"])]
+        groups["last_layer"] = [("last_layer.weight", members["last_layer.weight"])]
+        return groups
 
     @torch.no_grad()
     def project_prototypes(self, vectors: Tensor) -> None:
         """Replace every prototype: vectors (P, D) or (P, D, 1, 1)."""
         self.prototype_vectors.copy_(vectors.reshape_as(self.prototype_vectors))
+
+    @torch.no_grad()
+    def merge_prototypes(self, groups: list[list[int]]) -> None:
+        """Keep the first prototype of each group, for all of its group: their weights are added, so no logit changes.
+
+        groups: equal prototypes of one class each; every prototype is in one group.
+        """
+        weight = self.last_layer.weight
+        for kept, *others in groups:
+            weight[:, kept] += weight[:, others].sum(1)
+        self.keep_prototypes(torch.tensor([group[0] for group in groups]))
 
     @torch.no_grad()
     def keep_prototypes(self, indices: Tensor) -> None:
@@ -164,16 +219,13 @@ class LinearNet(SegmentationNet):
         super().__init__(features)
         self.num_classes = num_classes
 
-    def forward(self, images: Tensor) -> PPNetOutput:
-        """(B, 3, H, W) -> logits (B, C, h, w) float32, and None instead of distances."""
-        return PPNetOutput(self.features(images).float(), None)
+    def head(self, features: Tensor) -> PPNetOutput:
+        """Features (B, C, h, w) are the logits, in float32; None instead of distances."""
+        return PPNetOutput(at_least_float32(features), None)
 
 
 def construct_PPNet(config: ModelConfig, load_pretrained: bool = True) -> PPNet | LinearNet:
     """The network that a configuration asks for. load_pretrained: False where a checkpoint is loaded over it."""
-    if config.backbone not in BACKBONES:
-        known = ", ".join(BACKBONES)
-        raise ConfigError(f"model.backbone: there is no backbone '{config.backbone}'; known are {known}")
     is_linear = config.head == "linear"
     features = DeepLabFeatures(
         config.backbone,
@@ -205,43 +257,40 @@ def squared_distances(features: Tensor, prototypes: Tensor) -> Tensor:
     return distances.clamp(min=0).unflatten(2, features.shape[2:])
 
 
-def multi_scale_outputs(model: SegmentationNet, images: Tensor, scales: tuple[float, ...]) -> list[PPNetOutput]:
-    """The outputs at the images' own scale, at each of `scales`, and last the maximum of all logits.
+def outputs_at_scales(
+    model: SegmentationNet, images: Tensor, scales: tuple[float, ...], fusion: str = "logits"
+) -> list[PPNetOutput]:
+    """The outputs at the images' own scale, at each of `scales`, and last what is made of all of them.
 
-    images (B, 3, 8k+1, 8l+1). Each scale has its own grid; the maximum is on the first one and has no distances.
+    images (B, 3, H, W), padded to the grid. Without scales there is one output. Each scale has its own grid; the last
+    output is on the first one. fusion: "logits" = the maximum of all logits, without distances; "features" = the
+    network's output for the maximum of all features before the add-on layers, as in the published code.
     """
-    outputs = [model(images)]
-    for scale in scales:
-        size = [max(1, round((n - 1) * scale / OUTPUT_STRIDE)) * OUTPUT_STRIDE + 1 for n in images.shape[-2:]]
-        outputs.append(model(upsample(images, size)))
-    grid = outputs[0].logits.shape[-2:]
-    logits = torch.stack([upsample(output.logits, grid) for output in outputs]).amax(0)
-    return [*outputs, PPNetOutput(logits, None)]
+    features = features_at_scales(model, images, scales)
+    outputs = [model.head(values) for values in features]
+    if not scales:
+        return outputs
+    if fusion == "features":
+        return [*outputs, model.head(highest(model.grid, features))]
+    return [*outputs, PPNetOutput(highest(model.grid, [output.logits for output in outputs]), None)]
 
 
-def upsample(values: Tensor, size: tuple[int, int] | list[int] | torch.Size) -> Tensor:
-    """Bilinear, first cell on the first pixel and last on the last: the geometry of stride-8 convolutions."""
-    return F.interpolate(values, size=tuple(size), mode="bilinear", align_corners=True)
+def features_at_scales(model: SegmentationNet, images: Tensor, scales: tuple[float, ...]) -> list[Tensor]:
+    """The features of padded images (B, 3, H, W) at their own scale and at each of `scales`, each on its own grid."""
+    sizes = [[model.grid.scaled(length, scale) for length in images.shape[-2:]] for scale in scales]
+    return [model.features(images), *(model.features(model.grid.upsample(images, size)) for size in sizes)]
 
 
-def pad_to_grid(values: Tensor, fill: float, stride: int = OUTPUT_STRIDE) -> Tensor:
-    """Pad (..., H, W) at the bottom and right to a multiple of the stride plus 1, so that a cell ends each side."""
-    height, width = values.shape[-2:]
-    return F.pad(values, (0, (1 - width) % stride, 0, (1 - height) % stride), value=fill)
+def highest(grid: Grid, values: list[Tensor]) -> Tensor:
+    """The maximum of what several scales have at a place, on the grid of the first: (B, ., h, w) each."""
+    if len(values) == 1:
+        return values[0]
+    return torch.stack([grid.upsample(value, values[0].shape[-2:]) for value in values]).amax(0)
 
 
-def cell_labels(labels: Tensor, grid: tuple[int, int] | torch.Size, stride: int = OUTPUT_STRIDE) -> Tensor:
-    """The label of every cell, read at the pixel that it looks at: (B, H, W) -> (B, h, w).
-
-    grid: (h, w) of the features. Where the grid is that of the image (of any size), this is every 8th pixel; a grid
-    of a resized image reads the nearest pixel of the same place.
-    """
-    padded = pad_to_grid(labels, IGNORE, stride)
-    rows, columns = (
-        torch.linspace(0, length - 1, cells, device=labels.device, dtype=torch.float64).round().long()
-        for length, cells in zip(padded.shape[-2:], grid, strict=True)
-    )
-    return padded[:, rows[:, None], columns]
+def at_least_float32(values: Tensor) -> Tensor:
+    """Values in float32, in which everything from the prototype layer on is computed; float64 stays float64."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _add_on_layers(kind: str, depth: int) -> nn.Sequential:
@@ -250,5 +299,5 @@ def _add_on_layers(kind: str, depth: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(depth, depth, 1), nn.ReLU(), nn.Conv2d(depth, depth, 1), nn.Sigmoid())
 
 
-def _sliced(parameter: nn.Parameter, indices: Tensor, dim: int) -> nn.Parameter:
+def _sliced(parameter: Tensor, indices: Tensor, dim: int) -> nn.Parameter:
     return nn.Parameter(parameter.index_select(dim, indices), requires_grad=parameter.requires_grad)

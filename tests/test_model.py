@@ -10,21 +10,19 @@ from torch import nn
 
 from config import Config, ModelConfig
 from deeplab_features import DeepLabFeatures
+from grid import IGNORE, Grid
+from inference import Inference
 from model import (
     LinearNet,
     PPNet,
-    cell_labels,
     construct_PPNet,
-    multi_scale_outputs,
-    pad_to_grid,
+    outputs_at_scales,
     squared_distances,
-    upsample,
 )
 from runtime.errors import ConfigError
 from tests.tiny import EveryEighthPixel, tiny_ppnet
 
 GOLDEN = dict(np.load(Path(__file__).parent / "data" / "golden.npz"))
-IGNORE = 255
 SIZES = [(17, 25), (24, 33), (31, 18), (40, 41), (1, 9), (23, 8)]
 
 
@@ -204,9 +202,9 @@ def test_contributions_sum_to_predicts_logits_at_every_pixel(size, kept):
     if kept:
         model.keep_prototypes(torch.tensor(kept))
     with torch.no_grad():
-        padded = pad_to_grid(images, 0.0)
+        padded = Grid().pad(images, 0.0)
         parts = model.contributions(model(padded).distances)
-        pixels = upsample(parts.flatten(1, 2), padded.shape[2:]).unflatten(1, parts.shape[1:3])
+        pixels = Grid().upsample(parts.flatten(1, 2), padded.shape[2:]).unflatten(1, parts.shape[1:3])
         torch.testing.assert_close(pixels.sum(2)[..., : size[0], : size[1]], model.predict(images))
     assert parts.shape[1:3] == (3, len(kept or range(6)))
 
@@ -216,7 +214,7 @@ def test_a_contribution_is_weight_times_activation():
     parts, activations = model.contributions(distances), model.activations(distances)
     for c, p in np.ndindex(3, 6):
         assert torch.equal(parts[:, c, p], model.last_layer.weight[c, p] * activations[:, p])
-    of_class_2 = model.contributions(distances, torch.full((1, 2, 2), 2))
+    of_class_2 = model.contributions_to(distances, torch.full((1, 2, 2), 2))
     assert torch.equal(of_class_2, parts[:, 2])
 
 
@@ -224,7 +222,7 @@ def test_a_contribution_is_weight_times_activation():
 def test_labels_are_read_at_every_eighth_pixel(size):
     labels = torch.randint(0, 200, (2, *size), generator=torch.Generator().manual_seed(0))
     grid = [(n + 6) // 8 + 1 for n in size]
-    cells = cell_labels(labels, grid)
+    cells = Grid().labels(labels, grid)
     for b, i, j in np.ndindex(2, *grid):
         inside = 8 * i < size[0] and 8 * j < size[1]
         assert cells[b, i, j] == (labels[b, 8 * i, 8 * j] if inside else IGNORE)
@@ -232,14 +230,14 @@ def test_labels_are_read_at_every_eighth_pixel(size):
 
 def test_labels_of_a_resized_grid_are_read_at_the_same_place():
     labels = torch.arange(33)[None, None].expand(1, 33, 33)
-    assert cell_labels(labels, (5, 3))[0, 0].tolist() == [0, 16, 32]
+    assert Grid().labels(labels, (5, 3))[0, 0].tolist() == [0, 16, 32]
 
 
 def test_padding_ends_on_a_cell_and_adds_nothing_to_a_fitting_size():
-    assert pad_to_grid(torch.ones(1, 24, 25), 7.0).shape == (1, 25, 25)
-    assert pad_to_grid(torch.ones(1, 24, 25), 7.0)[0, 24].tolist() == [7.0] * 25
+    assert Grid().pad(torch.ones(1, 24, 25), 7.0).shape == (1, 25, 25)
+    assert Grid().pad(torch.ones(1, 24, 25), 7.0)[0, 24].tolist() == [7.0] * 25
     image = torch.rand(1, 3, 17, 9)
-    assert torch.equal(pad_to_grid(image, 0.0), image)
+    assert torch.equal(Grid().pad(image, 0.0), image)
 
 
 # --- multi-scale -----------------------------------------------------------------------------------------------
@@ -248,19 +246,19 @@ def test_padding_ends_on_a_cell_and_adds_nothing_to_a_fitting_size():
 def test_multi_scale_ends_with_the_maximum_over_the_scales():
     model, images = tiny_ppnet(), images_of(33, 49)
     with torch.no_grad():
-        own, half, double, highest = multi_scale_outputs(model, images, (0.5, 2.0))
+        own, half, double, highest = outputs_at_scales(model, images, (0.5, 2.0))
         assert own.logits.shape[2:] == (5, 7) and half.logits.shape[2:] == (3, 4) and double.logits.shape[2:] == (9, 13)
         assert torch.equal(own.logits, model(images).logits)
-        assert torch.equal(half.logits, model(upsample(images, (17, 25))).logits)
-        each = torch.stack([upsample(o.logits, (5, 7)) for o in (own, half, double)])
+        assert torch.equal(half.logits, model(Grid().upsample(images, (17, 25))).logits)
+        each = torch.stack([Grid().upsample(o.logits, (5, 7)) for o in (own, half, double)])
         assert torch.equal(highest.logits, each.max(0).values) and highest.distances is None
-        predicted = model.predict_multi_scale(images, (0.5, 2.0))
+        predicted = Inference(model, torch.device("cpu"), scales=(0.5, 2.0)).logits(images)
     torch.testing.assert_close(predicted[..., ::8, ::8], highest.logits)
 
 
 def test_without_scales_multi_scale_is_predict():
     model, images = tiny_ppnet(), images_of(30, 20)
-    assert torch.equal(model.predict_multi_scale(images, ()), model.predict(images))
+    torch.testing.assert_close(Inference(model, torch.device("cpu")).logits(images), model.predict(images))
 
 
 # --- batch norm, changes of the prototypes, building -----------------------------------------------------------

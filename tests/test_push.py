@@ -6,13 +6,26 @@ import numpy as np
 import pytest
 import torch
 
-from model import cell_labels, pad_to_grid
-from push import find_nearest, find_neighbours, nearest_patches, patch_box, push_prototypes
+from explanation.prototype_pictures import patch_box
+from grid import Grid
+from inference import Inference
+from push import Neighbours, find_neighbours, nearest_patches, push_prototypes
 from tests import make_golden
 from tests.tiny import EveryEighthPixel, RandomImages, tiny_ppnet
 
 GOLDEN = dict(np.load(Path(__file__).parent / "data" / "golden.npz"))
 CPU = torch.device("cpu")
+
+
+def on_cpu(model):
+    return Inference(model, CPU)
+
+
+def nearest(model, dataset, **how):
+    """The one nearest own-class patch of each prototype, without the axis of neighbours."""
+    return Neighbours(*(values[:, 0] for values in find_neighbours(on_cpu(model), dataset, 1, own_class=True, **how)))
+
+
 IGNORE = 255
 
 
@@ -30,7 +43,7 @@ def every_cell(model, dataset):
     prototypes = model.prototype_vectors.flatten(1).double().numpy()
     for b in range(len(dataset)):
         image, label = dataset[b]
-        features = model.conv_features(pad_to_grid(image[None], 0.0))[0].double().numpy()
+        features = model.conv_features(Grid().pad(image[None], 0.0))[0].double().numpy()
         for i, j in np.ndindex(features.shape[1:]):
             inside = 8 * i < label.shape[0] and 8 * j < label.shape[1]
             class_index = int(label[8 * i, 8 * j]) if inside else IGNORE
@@ -92,7 +105,7 @@ def test_ignored_cells_are_never_found():
 @pytest.mark.parametrize("seed", range(3))
 def test_find_nearest_equals_brute_force(seed):
     model, dataset = tiny_ppnet(seed=seed), RandomImages(seed=seed)
-    found = find_nearest(model, dataset, CPU)
+    found = nearest(model, dataset)
     for p, (distance, b, i, j, features) in enumerate(nearest_by_brute_force(model, dataset)):
         assert (found.image[p], found.cell[p].tolist()) == (b, [i, j])
         assert found.distance[p].item() == pytest.approx(distance, rel=1e-4, abs=1e-6)
@@ -101,16 +114,14 @@ def test_find_nearest_equals_brute_force(seed):
 
 def test_workers_change_nothing():
     model, dataset = tiny_ppnet(), RandomImages()
-    for alone, helped in zip(
-        find_nearest(model, dataset, CPU), find_nearest(model, dataset, CPU, num_workers=2), strict=True
-    ):
+    for alone, helped in zip(nearest(model, dataset), nearest(model, dataset, num_workers=2), strict=True):
         assert torch.equal(alone, helped)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_find_neighbours_equals_brute_force(seed):
     model, dataset, k = tiny_ppnet(seed=seed), RandomImages(5, seed=seed), 3
-    found = find_neighbours(model, dataset, CPU, k)
+    found = find_neighbours(on_cpu(model), dataset, k)
     for p in range(6):
         best = {}  # the nearest labelled cell of any class in each image
         for b, i, j, class_index, _, distances in every_cell(model, dataset):
@@ -124,7 +135,7 @@ def test_find_neighbours_equals_brute_force(seed):
 
 
 def test_neighbours_that_are_not_there_are_marked():
-    found = find_neighbours(tiny_ppnet(), RandomImages(2), CPU, 4)
+    found = find_neighbours(on_cpu(tiny_ppnet()), RandomImages(2), 4)
     assert found.image[:, 2:].eq(-1).all() and found.label[:, 2:].eq(IGNORE).all()
     assert found.distance[:, 2:].isinf().all() and found.distance[:, :2].isfinite().all()
 
@@ -136,7 +147,7 @@ def test_neighbours_that_are_not_there_are_marked():
 def test_every_prototype_becomes_a_real_patch_of_its_class_and_says_which(seed):
     model, dataset = tiny_ppnet(prototypes=3, seed=seed), RandomImages(seed=seed)
     expected = nearest_by_brute_force(model, dataset)
-    report = push_prototypes(model, dataset, CPU)
+    report = push_prototypes(on_cpu(model), dataset)
     assert [r["prototype"] for r in report.records] == [r["class"] for r in report.records] == [0, 1, 2]
     for record, (distance, b, i, j, features) in zip(report.records, expected, strict=True):
         assert (record["image_index"], record["cell"], record["pixel"]) == (b, [i, j], [8 * j, 8 * i])
@@ -152,9 +163,9 @@ def test_every_prototype_becomes_a_real_patch_of_its_class_and_says_which(seed):
 @pytest.mark.parametrize("seed", range(3))
 def test_a_second_push_moves_nothing(seed):
     model, dataset = tiny_ppnet(12, seed=seed), RandomImages(seed=seed)
-    first = push_prototypes(model, dataset, CPU)
+    first = push_prototypes(on_cpu(model), dataset)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    second = push_prototypes(model, dataset, CPU)
+    second = push_prototypes(on_cpu(model), dataset)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     where = [[(r["image"], r["cell"], r["class"]) for r in report.records] for report in (first, second)]
     assert where[0] == where[1] and second.merged == 0 and second.moved < 1e-6
@@ -171,8 +182,8 @@ def with_twins(seed=0):
 
 def test_duplicates_are_merged_and_no_logit_changes():
     model, whole, dataset = with_twins(), with_twins(), RandomImages(12)
-    whole.project_prototypes(find_nearest(whole, dataset, CPU).vector)
-    report = push_prototypes(model, dataset, CPU)
+    whole.project_prototypes(nearest(whole, dataset).vector)
+    report = push_prototypes(on_cpu(model), dataset)
     groups = [r["merged"] for r in report.records]
     assert any({0, 1, 2} <= set(group) for group in groups) and any({9, 11} <= set(group) for group in groups)
     assert sorted(sum(groups, [])) == list(range(12)) and report.merged == 12 - len(groups) >= 3
@@ -185,7 +196,7 @@ def test_duplicates_are_merged_and_no_logit_changes():
 
 
 def test_the_same_patch_for_two_classes_cannot_be():
-    report = push_prototypes(with_twins(), RandomImages(12), CPU)
+    report = push_prototypes(on_cpu(with_twins()), RandomImages(12))
     places = [(r["image"], *r["cell"]) for r in report.records]
     assert len(set(places)) == len(places)
 
@@ -193,7 +204,7 @@ def test_the_same_patch_for_two_classes_cannot_be():
 def test_a_class_that_never_occurs_is_reported_and_its_prototypes_kept():
     model, dataset = tiny_ppnet(6), RandomImages(absent=1)
     before = model.prototype_vectors.clone()
-    report = push_prototypes(model, dataset, CPU)
+    report = push_prototypes(on_cpu(model), dataset)
     lost = [r for r in report.records if r["class"] == 1]
     assert report.not_found == [r["prototype"] for r in lost] and len(lost) == 2
     for record, original in zip(lost, (2, 3), strict=True):
@@ -207,7 +218,7 @@ def test_data_without_any_label_move_nothing():
     model, dataset = tiny_ppnet(), RandomImages()
     dataset.items = [(image, torch.full_like(label, IGNORE)) for image, label in dataset.items]
     before = model.prototype_vectors.clone()
-    report = push_prototypes(model, dataset, CPU)
+    report = push_prototypes(on_cpu(model), dataset)
     assert torch.equal(model.prototype_vectors, before) and report.not_found == list(range(6)) and report.moved == 0.0
 
 
@@ -221,7 +232,7 @@ def test_the_push_searches_in_evaluation_mode():
 
     model = tiny_ppnet()
     model.features = Watching()
-    push_prototypes(model.train(), RandomImages(2), CPU)
+    push_prototypes(on_cpu(model.train()), RandomImages(2))
     assert set(model.features.modes) == {(False, False)}
 
 
@@ -232,7 +243,7 @@ def test_the_box_frames_the_region_of_high_activation_around_the_cell():
     activation = torch.zeros(20, 20)
     activation[4:8, 10:14] = 1.0  # around the cell
     activation[15:17, 2:4] = 2.0  # higher, and somewhere else
-    assert patch_box(activation, [5, 10], (160, 160)) == [10 * 8 - 4, 4 * 8 - 4, 13 * 8 + 4, 7 * 8 + 4]
+    assert patch_box(activation, [5, 10], (160, 160), Grid()) == [10 * 8 - 4, 4 * 8 - 4, 13 * 8 + 4, 7 * 8 + 4]
 
 
 @pytest.mark.parametrize("cell", [(0, 0), (0, 4), (3, 0), (3, 4), (1, 2)])
@@ -240,21 +251,21 @@ def test_the_box_holds_the_cells_pixel_and_stays_inside_the_image(cell):
     generator = torch.Generator().manual_seed(0)
     width, height = 33, 25
     for _ in range(10):
-        x0, y0, x1, y1 = patch_box(torch.rand(4, 5, generator=generator), list(cell), (width, height))
+        x0, y0, x1, y1 = patch_box(torch.rand(4, 5, generator=generator), list(cell), (width, height), Grid())
         assert 0 <= x0 <= 8 * cell[1] < x1 <= width and 0 <= y0 <= 8 * cell[0] < y1 <= height
 
 
 def test_labels_of_brute_force_and_of_the_search_agree():
     dataset = RandomImages(1)
     image, label = dataset[0]
-    grid = tiny_ppnet().conv_features(pad_to_grid(image[None], 0.0)).shape[2:]
-    cells = cell_labels(label[None], grid)[0]
+    grid = tiny_ppnet().conv_features(Grid().pad(image[None], 0.0)).shape[2:]
+    cells = Grid().labels(label[None], grid)[0]
     expected = {(i, j): c for _, i, j, c, _, _ in every_cell(tiny_ppnet(), dataset)}
     assert {(i, j): int(cells[i, j]) for i, j in np.ndindex(cells.shape)} == expected
 
 
 def test_reports_are_plain_data():
-    report = push_prototypes(tiny_ppnet(), RandomImages(absent=0), CPU)
+    report = push_prototypes(on_cpu(tiny_ppnet()), RandomImages(absent=0))
     for value in (v for record in report.records for v in record.values()):
         assert value is None or type(value) in (int, float, str, list)
     assert type(report.moved) is float and type(report.merged) is int
