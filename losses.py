@@ -1,4 +1,4 @@
-"""The losses: pure functions of tensors, each a scalar, each 0 where it has nothing to say.
+"""The losses: pure functions of tensors, each a mean of what it counted, each 0 where it has nothing to say.
 
 B images, C classes, P prototypes, (h, w) feature cells. Labels are 0..C-1, 255 = ignore.
 Source: Sacha et al., "ProtoSeg: Interpretable Semantic Segmentation with Prototypical Parts" (WACV 2023), section 3.
@@ -18,7 +18,22 @@ from grid import IGNORE
 SHARPNESS = 3.0  # of `purity_loss`: the power of the ratio of similarities
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
+class Mean(NamedTuple):
+    """A loss as the sum of its terms and how many there are (or their weights), two 0-dim tensors.
+
+    They are kept apart so that several processes can find the mean over all their terms.
+    """
+
+    total: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody asks for
+
+    @property
+    def value(self) -> Tensor:
+        """The mean; 0 with zero gradient if nothing was counted."""
+        return self.total / self.count.clamp(min=1e-12)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Mean:
     """Mean cross-entropy over the labelled cells; 0 with zero gradient if there are none.
 
     logits (B, C, h, w) float, labels (B, h, w) int64 in 0..C-1 or 255; class_weights (C,): the mean is weighted with
@@ -27,26 +42,22 @@ def cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor | None =
     # Sum and count instead of the built-in mean: that one is NaN for a batch without labels, and its CUDA kernel
     # has no deterministic form.
     per_cell = F.cross_entropy(logits, labels, class_weights, ignore_index=IGNORE, reduction="none")
-    return per_cell.sum() / labelled_weight(labels, class_weights).clamp(min=1e-12)
+    weight = is_labelled = labels != IGNORE
+    if class_weights is not None:
+        weight = class_weights[torch.where(is_labelled, labels, 0)] * is_labelled
+    return Mean(per_cell.sum(), weight.sum())
 
 
-def labelled_weight(labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
-    """What the mean of `cross_entropy` divides by: the number of labelled cells, or the sum of their weights."""
-    is_labelled = labels != IGNORE
-    if class_weights is None:
-        return is_labelled.sum()
-    return (class_weights[torch.where(is_labelled, labels, 0)] * is_labelled).sum()
-
-
-def l1_loss(last_layer_weight: Tensor, prototype_class: Tensor) -> Tensor:
-    """Sum of |w| over the connections of every prototype to classes that are not its own.
+def l1_loss(last_layer_weight: Tensor, prototype_class: Tensor) -> Mean:
+    """Sum of |w| over the connections of every prototype to classes that are not its own; one term, so no mean.
 
     last_layer_weight (C, P) float, prototype_class (P,) int64.
     """
-    return (last_layer_weight.abs() * other_connections(prototype_class, last_layer_weight)).sum()
+    total = (last_layer_weight.abs() * other_connections(prototype_class, last_layer_weight)).sum()
+    return Mean(total, torch.ones_like(total))
 
 
-def diversity_loss(distances: Tensor, labels: Tensor, prototype_class: Tensor) -> Tensor:
+def diversity_loss(distances: Tensor, labels: Tensor, prototype_class: Tensor) -> Mean:
     """How alike the prototypes of a class look at the cells of that class: 1 identical, 0 fully diverse.
 
     For each image and each class with at least 2 cells, v_p is the softmax over the class's cells of the squared
@@ -59,7 +70,7 @@ def diversity_loss(distances: Tensor, labels: Tensor, prototype_class: Tensor) -
     CPU; then a GPU is waited for only the first time, when the tables that derive from it are made.
     """
     similarity, has_pairs, _ = pair_similarities(distances, labels, prototype_class)
-    return (similarity * has_pairs).sum() / has_pairs.sum().clamp(min=1)
+    return Mean((similarity * has_pairs).sum(), has_pairs.sum())
 
 
 def pair_similarities(distances: Tensor, labels: Tensor, prototype_class: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,14 +99,7 @@ def pair_similarities(distances: Tensor, labels: Tensor, prototype_class: Tensor
     return (-jeffreys).exp(), has_pairs, pairs
 
 
-def counted_pairs(labels: Tensor, prototype_class: Tensor) -> Tensor:
-    """How many terms the mean of `diversity_loss` has: labels (B, h, w), prototype_class (P,) -> scalar int64."""
-    exist = class_pairs(prototype_class, labels.device).exist
-    cells = labels.flatten(1)[..., None] == torch.arange(len(exist), device=labels.device)
-    return ((cells.sum(1) >= 2) * exist.sum(1)).sum()
-
-
-def purity_loss(activations: Tensor, labels: Tensor, prototype_class: Tensor) -> Tensor:
+def purity_loss(activations: Tensor, labels: Tensor, prototype_class: Tensor) -> Mean:
     """How near cells of other classes come to the prototypes, compared with cells of their own class.
 
     For each prototype with cells of its own and of other classes in the batch, log(1 + exp(3 (b - a))), where a and b
@@ -106,24 +110,13 @@ def purity_loss(activations: Tensor, labels: Tensor, prototype_class: Tensor) ->
     Own definition, not of the paper: a smooth form of "the nearest patch is of the prototype's class", the rule by
     which `prune.py` judges it, in the spirit of the separation cost of ProtoPNet (Chen et al., NeurIPS 2019).
     """
-    is_own, is_other = _own_and_other(labels, prototype_class.to(labels.device))
+    is_own = labels.flatten() == prototype_class.to(labels.device)[:, None]  # (P, N)
+    is_other = ~is_own & (labels.flatten() != IGNORE)
     counts = is_own.any(1) & is_other.any(1)
     activations = activations.transpose(0, 1).flatten(1)  # (P, N)
     own, other = (activations.masked_fill(~where, -torch.inf).amax(1) for where in (is_own, is_other))
     gap = torch.where(counts, other - own, 0)  # infinities where it does not count, which pass no gradient
-    return (F.softplus(SHARPNESS * gap) * counts).sum() / counts.sum().clamp(min=1)
-
-
-def counted_prototypes(labels: Tensor, prototype_class: Tensor) -> Tensor:
-    """How many terms the mean of `purity_loss` has: labels (B, h, w), prototype_class (P,) -> scalar int64."""
-    is_own, is_other = _own_and_other(labels, prototype_class.to(labels.device))
-    return (is_own.any(1) & is_other.any(1)).sum()
-
-
-def _own_and_other(labels: Tensor, prototype_class: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether each cell is of the prototype's class, and whether it is of another: (B, h, w), (P,) -> (P, N) bool."""
-    is_own = labels.flatten() == prototype_class[:, None]
-    return is_own, ~is_own & (labels.flatten() != IGNORE)
+    return Mean((F.softplus(SHARPNESS * gap) * counts).sum(), counts.sum())
 
 
 class ClassPairs(NamedTuple):

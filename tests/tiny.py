@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 from config import Config, load_config
-from dataset import ClassMapping
+from datasets.base import ClassMapping
 from model import PPNet
 
 ROOT = Path(__file__).resolve().parent.parent
