@@ -8,13 +8,40 @@ differently, partly hiding each other. The parts are what prototypes can find.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from datasets.base import ClassMapping, DatasetError, SegmentationDataset
+
 CLASS_NAMES = ("sky", "grass", "house", "tree", "car", "balloon")
 PALETTE = ((120, 180, 230), (90, 160, 70), (190, 90, 60), (30, 100, 50), (220, 200, 40), (170, 70, 190))
 SKY, GRASS, HOUSE, TREE, CAR, BALLOON = range(len(CLASS_NAMES))
+
+
+class ShapesDataset(SegmentationDataset):
+    """Generated scenes: nothing to download; the splits draw from different random streams."""
+
+    layout = "nothing"
+    fetch = "nothing to get"
+    has_files = False
+    streams = {"train": 0, "val": 1, "test": 2}
+
+    def _setup_class_mappings(self) -> ClassMapping:
+        return ClassMapping(CLASS_NAMES, PALETTE, {i: i for i in range(len(CLASS_NAMES))})
+
+    def _get_data_paths(self) -> list[tuple[Path, Path | None]]:
+        if self.split not in self.streams:
+            raise DatasetError(f"shapes: there is no split '{self.split}', only {', '.join(self.streams)}")
+        count = self.config.shapes.train_images if self.split == "train" else self.config.shapes.val_images
+        return [(Path(f"scene {self.split} {i:05d}"), None) for i in range(count)]
+
+    def read(self, index: int) -> tuple[Image.Image, Image.Image]:
+        """A scene drawn anew: RGB image, and label with classes (mode L)."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return draw_scene(self.config.shapes.image_size, self.streams[self.split], index)
 
 
 class _Canvas:

@@ -1,10 +1,8 @@
 """Whether a prototype stands for a part of an object: consistency and stability, measured with part labels.
 
-Part labels are looked for below `dataset.root`, as they are published (github.com/pmeletis/panoptic_parts):
-    Cityscapes Panoptic Parts   gtFinePanopticParts/{train,val}/CITY/*_gtFinePanopticParts.tif
-    PASCAL Panoptic Parts       pascal_panoptic_parts*/{training,validation}/*.tif, also below a folder labels/
-A pixel is semantic id (1-2 digits), then instance (3 digits), then part (2 digits); without a part it has no more than
-five digits. What counts as an object is decided by the data set's own labels.
+A data set's `part_label` names the file of an image, as it is published (github.com/pmeletis/panoptic_parts). A pixel
+is semantic id (1-2 digits), then instance (3 digits), then part (2 digits); without a part it has no more than five
+digits. What counts as an object is decided by the data set's own labels.
 """
 
 from __future__ import annotations
@@ -16,37 +14,25 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dataset import DatasetError, SegmentationDataset
-from grid import IGNORE
+from datasets.base import DatasetError, check_regular
+from grid import IGNORE, Grid
 from runtime import distributed
 from runtime.errors import UserError
 
 QUANTILE = 0.8  # of a prototype's activations on the pixels of its class: what is above is where it looks
 CONSISTENT = 0.8  # a prototype that hits the same part in a larger share of the images is consistent
 MAX_PARTS = 100  # part ids have two digits
-PASCAL_SPLITS = ("training", "validation")
-
-
-def find_part_labels(dataset: SegmentationDataset) -> dict[int, Path]:
-    """The part label file of each image that has one, by index; empty for data sets without part labels."""
-    if dataset.config.name == "cityscapes":
-        folder = dataset.root / "gtFinePanopticParts" / dataset.split
-        files = {path.name.replace("_gtFinePanopticParts.tif", ""): path for path in folder.glob("*/*.tif")}
-    elif dataset.config.name == "pascal":
-        patterns = (f"pascal_panoptic_parts*/{below}{s}/*.tif" for below in ("", "labels/") for s in PASCAL_SPLITS)
-        files = {path.stem: path for pattern in patterns for path in dataset.root.glob(pattern)}
-    else:
-        return {}
-    names = (dataset.paths(i)[0].stem.replace("_leftImg8bit", "") for i in range(len(dataset)))
-    return {i: files[name] for i, name in enumerate(names) if name in files}
 
 
 def read_parts(path: Path, size: tuple[int, int]) -> np.ndarray:
     """The part ids (H, W) of a panoptic parts file, 0 where there is no part. size: (width, height) of the image."""
+    check_regular(path, "file of part labels")
     try:
         with Image.open(path) as file:
-            ids = np.array(file)
-    except (OSError, ValueError, SyntaxError) as error:
+            ids = (
+                np.array(file) if file.size == size else np.empty(file.size[::-1], dtype=int)
+            )  # too large a one unread
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DatasetError(f"{path}: cannot read these part labels ({error})") from None
     if ids.dtype.kind not in "iu" or ids.shape != size[::-1]:
         raise DatasetError(f"{path}: want whole numbers, {size[0]}x{size[1]}; got {ids.dtype}, shape {ids.shape}")
@@ -68,7 +54,7 @@ def part_centroids(parts: np.ndarray, mask: np.ndarray) -> list[tuple[int, int, 
     return found
 
 
-def part_hits(activations: Tensor, mask: Tensor, centroids: list[tuple[int, int, int]], stride: int) -> Tensor:
+def part_hits(activations: Tensor, mask: Tensor, centroids: list[tuple[int, int, int]], grid: Grid) -> Tensor:
     """Which parts each prototype of a class looks at in an image: (K, MAX_PARTS) bool.
 
     activations (K, h, w) of the class's prototypes, mask (H, W) bool of its pixels. A prototype looks where its
@@ -76,7 +62,7 @@ def part_hits(activations: Tensor, mask: Tensor, centroids: list[tuple[int, int,
     one of its centroids lies there.
     """
     rows, columns = (
-        ((torch.arange(length, device=mask.device) + stride // 2) // stride).clamp(max=cells - 1)
+        grid.nearest(length, cells).to(mask.device)
         for length, cells in zip(mask.shape, activations.shape[1:], strict=True)
     )
     upsampled = activations[:, rows[:, None], columns]  # (K, H, W)
@@ -96,12 +82,13 @@ class PartMetrics:
     Their helper that takes the quantile is not published; here it is that of the class's own pixels.
     """
 
-    def __init__(self, prototype_class: Tensor):
-        self.prototype_class = prototype_class
-        self.hits, self.images = torch.zeros(2, len(prototype_class), MAX_PARTS, device=prototype_class.device)
-        self.stable, self.compared = torch.zeros(2, dtype=torch.int64)
+    def __init__(self, prototype_class: Tensor, grid: Grid):
+        self.prototype_class, self.grid = prototype_class, grid
+        table = torch.zeros(len(prototype_class), MAX_PARTS, device=prototype_class.device)
+        count = torch.zeros((), dtype=torch.int64)
+        self.sums = {"hits": table, "images": table.clone(), "stable": count, "compared": count.clone()}
 
-    def update(self, clean: Tensor, noisy: Tensor, labels: Tensor, parts: np.ndarray, stride: int) -> None:
+    def update(self, clean: Tensor, noisy: Tensor, labels: Tensor, parts: np.ndarray) -> None:
         """Add an image: activations (P, h, w) of it and of it with noise, labels (H, W), part ids (H, W)."""
         for class_index in labels.unique().tolist():
             members = (self.prototype_class == class_index).nonzero().flatten()
@@ -111,17 +98,17 @@ class PartMetrics:
             centroids = part_centroids(parts, mask.cpu().numpy())
             if not centroids:
                 continue
-            hits, noisy_hits = (part_hits(values[members], mask, centroids, stride) for values in (clean, noisy))
+            hits, noisy_hits = (part_hits(values[members], mask, centroids, self.grid) for values in (clean, noisy))
             present = sorted({part for part, _, _ in centroids})
-            self.hits[members] += hits
-            self.images[members[:, None], torch.tensor(present, device=members.device)] += 1
-            self.stable += int((hits == noisy_hits).all(dim=1).sum())
-            self.compared += len(members)
+            self.sums["hits"][members] += hits
+            self.sums["images"][members[:, None], torch.tensor(present, device=members.device)] += 1
+            self.sums["stable"] += int((hits == noisy_hits).all(dim=1).sum())
+            self.sums["compared"] += len(members)
 
     def merge(self) -> None:
         """Add up what the processes of a run have seen; all of them have to call it."""
-        for sums in (self.hits, self.images, self.stable, self.compared):
-            distributed.all_reduce(sums)
+        for values in self.sums.values():
+            distributed.all_reduce(values)
 
     def summary(self) -> dict | None:
         """None if no labelled part was seen, else
@@ -130,12 +117,13 @@ class PartMetrics:
                       prototypes of classes without parts do not count
         stability     share of (prototype, image) that hit exactly the same parts under noise of 0.2 deviations
         """
-        if not self.compared:
+        hits, images, stable, compared = self.sums.values()
+        if not compared:
             return None
-        seen = self.images.sum(1) > 0
-        consistent = (self.hits / self.images.clamp(min=1) > CONSISTENT).any(dim=1)
+        seen = images.sum(1) > 0
+        consistent = (hits / images.clamp(min=1) > CONSISTENT).any(dim=1)
         return {
             "consistency": float(consistent[seen].double().mean()),
             "consistent": consistent.nonzero().flatten().tolist(),
-            "part_stability": int(self.stable) / int(self.compared),
+            "part_stability": int(stable) / int(compared),
         }

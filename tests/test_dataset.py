@@ -13,23 +13,10 @@ from PIL import Image
 import dataset
 import train
 from config import Config, DatasetConfig, ShapesConfig, load_config
-from dataset import (
-    DATASETS,
-    MEAN,
-    STD,
-    DatasetError,
-    StepSampler,
-    TrainingSamples,
-    TrainTransform,
-    balanced_weights,
-    build_dataset,
-    denormalize,
-    eval_batches,
-    normalize,
-    read_image,
-    train_batches,
-    voc_palette,
-)
+from dataset import DATASETS, balanced_weights, build_dataset
+from datasets import batches
+from datasets.base import MEAN, STD, DatasetError, normalize, read_image, voc_palette
+from datasets.batches import StepSampler, TrainingSamples, TrainTransform, eval_batches, train_batches
 from runtime.errors import ConfigError
 from tests import trees
 from tests.tiny import CONFIG
@@ -172,7 +159,7 @@ def test_shapes_splits_are_different_scenes_and_no_other_split_is_there():
 def test_a_tree_trains_and_is_pushed(tree, workdir, monkeypatch):
     name, root = tree
     (root / "data.yaml").write_text(CONFIG)
-    monkeypatch.setattr(train, "draw_prototypes", lambda *args: None)
+    monkeypatch.setattr(train, "draw_prototypes", lambda *args: args[2])
     train.main([
         "--config", "data.yaml", "--set", f"dataset.name={name}", "--set", f"dataset.root={root}",
         "--set", f"model.num_classes={CLASSES[name]}", "--set", f"model.prototype_shape=[{CLASSES[name]}, 8, 1, 1]",
@@ -282,12 +269,17 @@ def test_two_reads_of_an_item_are_equal(tree):
         assert all(torch.equal(a, b) for a, b in zip(data[i], again[i], strict=True))
 
 
-def test_normalization_and_its_inverse(tmp_path):
+def unnormalized(image):
+    """The pixels (H, W, 3) of a normalized image (3, H, W)."""
+    values = (image.numpy() * np.array(STD)[:, None, None] + np.array(MEAN)[:, None, None]) * 255
+    return values.round().astype(int).transpose(1, 2, 0)
+
+
+def test_normalization(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     tensor = normalize(Image.fromarray(pixels))
     expected = (pixels.transpose(2, 0, 1) / 255 - np.array(MEAN)[:, None, None]) / np.array(STD)[:, None, None]
     np.testing.assert_allclose(tensor.numpy(), expected, rtol=1e-4, atol=1e-5)
-    assert np.array_equal(np.asarray(denormalize(tensor)), pixels)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
@@ -329,7 +321,7 @@ def test_the_transform_keeps_image_and_label_aligned(along, size, scales):
     for seed in range(12):
         pixels, classes = transform(image, label, np.random.default_rng(seed))
         assert pixels.shape == (3, 65, 65) and classes.shape == (65, 65)
-        seen = torch.from_numpy(np.array(denormalize(pixels))[..., 0].astype(int))
+        seen = torch.from_numpy(unnormalized(pixels)[..., 0])
         counted = classes != IGNORE
         assert (pixels[:, ~counted] == 0).all()
         if not counted.any():
@@ -389,8 +381,7 @@ def loader_of(tmp_path, seed=0, phase=0, first=0, last=6, workers=0):
     if not (tmp_path / "train").is_dir():
         trees.camvid(tmp_path)
     samples = TrainingSamples(load("camvid", tmp_path), TrainTransform(DatasetConfig(crop_size=33)), seed, phase)
-    sampler = StepSampler(3, 2, seed, phase)
-    sampler.first, sampler.last = first, last
+    sampler = StepSampler(3, 2, seed, phase, first, last)
     return list(train_batches(samples, sampler, workers))
 
 
@@ -422,8 +413,7 @@ def test_making_batches_leaves_the_global_random_state(tmp_path):
 
 @pytest.mark.parametrize(("images", "batch_size"), [(5, 2), (3, 4), (1, 2), (7, 7)])
 def test_every_epoch_has_every_image_once_in_a_new_order(images, batch_size):
-    sampler = StepSampler(images, batch_size, seed=0, phase=0)
-    sampler.last = 5 * images
+    sampler = StepSampler(images, batch_size, seed=0, phase=0, last=5 * images)
     keys = [key for batch in sampler for key in batch]
     assert len(sampler) == 5 * images and all(len(batch) == batch_size for batch in sampler)
     epochs = [[index for e, index in keys if e == epoch] for epoch in range(5)]
@@ -456,8 +446,8 @@ def test_evaluation_goes_through_whole_images_in_order(tmp_path):
 def test_workers_leave_signals_to_the_main_process(monkeypatch):
     taken = {}
     monkeypatch.setattr(signal, "signal", taken.__setitem__)
-    dataset._ignore_signals(0)
-    assert taken == dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), signal.SIG_IGN)
+    batches._ignore_signals(0)
+    assert taken == dict.fromkeys((signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), signal.SIG_IGN)
 
 
 # --- the check command -----------------------------------------------------------------------------------------

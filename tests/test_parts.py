@@ -6,8 +6,11 @@ import torch
 from PIL import Image
 
 from config import DatasetConfig
-from dataset import CityscapesDataset, DatasetError, PascalVOCDataset
-from evaluation.parts import PartMetrics, find_part_labels, part_centroids, part_hits, read_parts
+from datasets.base import DatasetError
+from datasets.cityscapes import CityscapesDataset
+from datasets.pascal import PascalVOCDataset
+from evaluation.parts import PartMetrics, part_centroids, part_hits, read_parts
+from grid import Grid
 
 STRIDE = 8
 
@@ -43,19 +46,19 @@ def test_a_part_is_hit_where_the_prototype_looks():
     centroids = part_centroids(parts, (labels == 1).numpy())
     assert centroids == [(7, 4, 24), (9, 28, 24)]
     activations = torch.stack((looking_at(4, 24), looking_at(28, 24), looking_at(16, 24), looking_at(4, 4)))
-    hits = part_hits(activations, labels == 1, centroids, STRIDE)
+    hits = part_hits(activations, labels == 1, centroids, Grid(STRIDE))
     assert [row.nonzero().flatten().tolist() for row in hits] == [[7], [9], [], []]
 
 
 def test_consistency_and_stability_find_the_prototypes_that_were_planted():
     labels, parts = scene()
-    metrics = PartMetrics(torch.tensor([0, 1, 1, 1]))  # prototype 0 is of a class without parts
+    metrics = PartMetrics(torch.tensor([0, 1, 1, 1]), Grid(STRIDE))  # prototype 0 is of a class without parts
     top, bottom, between = looking_at(4, 24), looking_at(28, 24), looking_at(16, 24)
     for image in range(5):
         wavering = top if image < 4 else bottom  # hits part 7 in 4 of 5 images: 0.8 is not more than 0.8
         clean = torch.stack((top, top, wavering, between))
         noisy = torch.stack((top, bottom if image == 0 else top, wavering, between))
-        metrics.update(clean, noisy, labels, parts, STRIDE)
+        metrics.update(clean, noisy, labels, parts)
     found = metrics.summary()
     assert found["consistent"] == [1]
     assert found["consistency"] == pytest.approx(1 / 3)
@@ -63,8 +66,8 @@ def test_consistency_and_stability_find_the_prototypes_that_were_planted():
 
 
 def test_without_parts_there_is_nothing_to_say():
-    metrics = PartMetrics(torch.tensor([0, 1]))
-    metrics.update(torch.rand(2, 5, 5), torch.rand(2, 5, 5), scene()[0], np.zeros((33, 33), dtype=int), STRIDE)
+    metrics = PartMetrics(torch.tensor([0, 1]), Grid(STRIDE))
+    metrics.update(torch.rand(2, 5, 5), torch.rand(2, 5, 5), scene()[0], np.zeros((33, 33), dtype=int))
     assert metrics.summary() is None
 
 
@@ -95,7 +98,7 @@ def test_cityscapes_panoptic_parts_are_found(tmp_path):
     file = tmp_path / "gtFinePanopticParts/val/aachen/aachen_000001_000019_gtFinePanopticParts.tif"
     write_parts(file, [[1, 2]])
     dataset = CityscapesDataset(DatasetConfig(name="cityscapes", root=str(tmp_path)), "val")
-    assert find_part_labels(dataset) == {1: file}
+    assert [dataset.part_label(i) for i in range(2)] == [None, file]
 
 
 @pytest.mark.parametrize("folder", ["pascal_panoptic_parts_v2/validation", "pascal_panoptic_parts/labels/validation"])
@@ -106,7 +109,7 @@ def test_pascal_panoptic_parts_are_found(tmp_path, folder):
     (voc / "ImageSets/Segmentation/val.txt").write_text("2008_000001\n2008_000003\n")
     write_parts(tmp_path / folder / "2008_000003.tif", [[1, 2]])
     dataset = PascalVOCDataset(DatasetConfig(name="pascal", root=str(tmp_path)), "val")
-    assert find_part_labels(dataset) == {1: tmp_path / folder / "2008_000003.tif"}
+    assert [dataset.part_label(i) for i in range(2)] == [None, tmp_path / folder / "2008_000003.tif"]
 
 
 def test_a_centroid_outside_the_class_is_no_hit():
@@ -116,4 +119,4 @@ def test_a_centroid_outside_the_class_is_no_hit():
     parts[labels.numpy() == 1] = 3
     centroids = part_centroids(parts, (labels == 1).numpy())
     assert centroids == [(3, 16, 16)]
-    assert not part_hits(looking_at(16, 16)[None], labels == 1, centroids, STRIDE).any()
+    assert not part_hits(looking_at(16, 16)[None], labels == 1, centroids, Grid(STRIDE)).any()
