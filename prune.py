@@ -2,30 +2,39 @@
 
     python prune.py --checkpoint models/push_checkpoint.pth
     python prune.py --checkpoint models/push_checkpoint.pth --k 6 --threshold 3      the same, as published
-    python train.py --resume models/pruned_checkpoint.pth                             trains on with what is left
 
 Of the k training patches nearest to a prototype (at most one an image, of any class) at least `threshold` must have
 its class, or it goes, with its column of the last layer. A class never loses its last prototype: its best one stays.
-Written: models/pruned_checkpoint.pth, the checkpoint it came from with fewer prototypes and their records renumbered.
+Written: models/pruned/push_checkpoint.pth, the run folder of a model of its own (then pruned_2/, ...), that begins
+with fewer prototypes and their records renumbered; in results/pruned/ its config.yaml and the pictures of what is
+left. The command that trains it further is printed.
 Source: Sacha et al., "ProtoSeg" (WACV 2023), section 3.4, after Chen et al., "This Looks Like That" (NeurIPS 2019).
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import os
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
 
-from config import Config
-from dataset import build_dataset
+from config import Config, config_to_dict
+from dataset import build_dataset, check_classes
+from datasets.base import SegmentationDataset
+from explanation.prototype_pictures import draw_prototypes
+from inference import open_model
 from model import PPNet
-from module import TrainingModule, load_model
 from push import Neighbours, find_neighbours
-from runtime.checkpoint import save_checkpoint
+from runtime.checkpoint import Checkpoint, save_checkpoint
 from runtime.command import add_set_argument, run
-from runtime.device import choose_device
 from runtime.errors import ConfigError
+from runtime.files import OutputFolder
+from runtime.provenance import provenance
+from schedule import Command, ResultsFolder, Stage, folders_of_pruned, plan, stage_of
 
 
 def choose_prototypes(found: Neighbours, prototype_class: Tensor, threshold: int) -> tuple[Tensor, list[int]]:
@@ -46,7 +55,7 @@ def choose_prototypes(found: Neighbours, prototype_class: Tensor, threshold: int
     return keep.nonzero().flatten(), spared
 
 
-def renumber(records: list[dict], kept: list[int]) -> list[dict]:
+def renumber(records: tuple[dict, ...], kept: list[int]) -> list[dict]:
     """The provenance records (one a prototype, or none before a push) of the prototypes that stay, numbered anew."""
     return [{**records[old], "prototype": new} for new, old in enumerate(kept)] if records else []
 
@@ -66,11 +75,10 @@ def describe(found: Neighbours, prototype_class: Tensor, kept: Tensor, spared: l
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line. Raises ConfigError for a rule that makes no sense."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="the model, usually pushed")
     parser.add_argument("--k", type=int, default=6, help="patches to look at (default: %(default)s)")
     parser.add_argument("--threshold", type=int, default=3, help="of its class, to stay (default: %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier pruned checkpoint")
     add_set_argument(parser)
     arguments = parser.parse_args(argv)
     if not 0 <= arguments.threshold <= arguments.k or arguments.k < 1:
@@ -78,51 +86,98 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def output_path(config: Config, overwrite: bool) -> Path:
-    """Where the pruned checkpoint goes. Raises ConfigError if something is there that may not be replaced."""
-    path = Path(config.paths.model_dir) / "pruned_checkpoint.pth"
-    if path.exists() and not overwrite:
-        raise ConfigError(f"{path} is there already; to replace it: --overwrite")
-    return path
+def place_of(config: Config, checkpoint: Checkpoint, path: Path) -> Stage:
+    """The stage whose result the pruned model is: the one that its checkpoint ends; before the last, if it is the last.
+
+    So there is a phase that trains it further.
+    """
+    schedule, stage = plan(config), stage_of(config, checkpoint, path)
+    return stage if stage != schedule[-1] or len(schedule) == 1 else schedule[-2]
+
+
+def pictured(config: Config, checkpoint: Checkpoint, path: Path) -> SegmentationDataset | None:
+    """The data that the prototypes were taken from, None before a push. Raises ConfigError if they are other ones."""
+    records = [record for record in checkpoint.prototypes if record["image"] is not None]
+    if not records:
+        return None
+    dataset = build_dataset(config, records[0]["split"])
+    for record in records:
+        index = record["image_index"]
+        if index >= len(dataset) or dataset.image_id(index) != record["image"]:
+            raise ConfigError(
+                f"{path}: its prototypes come from other data: image {index} of the split '{dataset.split}' was"
+                f" {record['image']}. Where are they? --set dataset.root=FOLDER"
+            )
+    return dataset
+
+
+def own_run(config: Config, path: Path) -> Config:
+    """The configuration of the pruned model's run: its folders, which are beside `path` and in the results' folder."""
+    models, results = (
+        os.path.abspath(folder) for folder in folders_of_pruned(path.parent, Path(config.paths.results_dir))
+    )
+    root = os.path.abspath(config.dataset.root)
+    return dataclasses.replace(
+        config,
+        dataset=dataclasses.replace(config.dataset, root=root),
+        paths=dataclasses.replace(config.paths, model_dir=models, results_dir=results),
+    )
+
+
+def begin_run(config: Config, stage: Stage, pruned: Checkpoint, draw: Callable[[OutputFolder], list[dict]]) -> Path:
+    """Write what the run of the pruned model begins with, its checkpoint last; the checkpoint's path."""
+    models, results = Path(config.paths.model_dir), Path(config.paths.results_dir)
+    models.mkdir()  # fails if another pruning was faster
+    try:
+        results.mkdir(parents=True)
+        records = draw(OutputFolder(results / "prototypes"))
+        ResultsFolder(results, models).claim(config, pruned.provenance)
+        save_checkpoint(models / stage.file, pruned.with_(prototypes=tuple(records)))
+    except BaseException:
+        with suppress(OSError):
+            models.rmdir()
+        raise
+    return models / stage.file
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; see the top of this file."""
     arguments = parse_arguments(argv)
-    model, config, state = load_model(arguments.checkpoint, overrides=arguments.overrides)
+    path = arguments.checkpoint
+    inference, config, checkpoint = open_model(path, arguments.overrides)
+    model = inference.model
     if not isinstance(model, PPNet):
-        raise ConfigError(f"{arguments.checkpoint}: the linear head has no prototypes; there is nothing to prune")
-    path = output_path(config, arguments.overwrite)
-    module = TrainingModule(config, model, choose_device(config.system.device))
-    train_set = build_dataset(config, config.dataset.train_split)
-    val_set = build_dataset(config, config.dataset.val_split)
+        raise ConfigError(f"{path}: the linear head has no prototypes; there is nothing to prune")
+    stage = place_of(config, checkpoint, path)
+    train_set, val_set = (build_dataset(config, s) for s in (config.dataset.train_split, config.dataset.val_split))
+    check_classes(train_set, checkpoint.class_names, path)
+    source = pictured(config, checkpoint, path)
     if len(train_set) < arguments.k:
         raise ConfigError(f"--k {arguments.k}: there are only {len(train_set)} training images, one patch each")
     workers, count = config.system.num_workers, len(model.prototype_class)
 
-    before = module.validate(val_set, workers).summary()["miou"]
-    with module.autocast():
-        found = find_neighbours(model, train_set, module.device, arguments.k, workers)
+    before = inference.validate(val_set, workers).summary()["miou"]
+    found = find_neighbours(inference, train_set, arguments.k, num_workers=workers)
     kept, spared = choose_prototypes(found, model.prototype_class, arguments.threshold)
     for line in describe(found, model.prototype_class, kept, spared, train_set.mapping.names):
         print(line)
     model.keep_prototypes(kept)
-    after = module.validate(val_set, workers).summary()["miou"]
-    copied = {key: state[key] for key in ("config", "stage", "phase", "step", "class_names") if key in state}
-    save_checkpoint(
-        path,
-        copied
-        | {
-            "model": model.state_dict(),
-            "prototypes": renumber(state.get("prototypes", []), kept.tolist()),
-            "metrics": {"val_miou": after},
-            "pruned": True,
-        },
+    after = inference.validate(val_set, workers).summary()["miou"]
+    records = renumber(checkpoint.prototypes, kept.tolist())
+    steps = checkpoint.step if stage.name == checkpoint.stage else config.training.phases[stage.phase].steps
+    pruned = checkpoint.with_(
+        config=config_to_dict(config),
+        **{"stage": stage.name, "phase": stage.phase, "step": steps, "midway": None},
+        model=model.state_dict(),
+        metrics={"val_miou": after},
+        provenance={"train_images": str(len(train_set)), **provenance()},
     )
-    print(f"{len(kept)} of {count} prototypes are left; val mIoU {before:.4f} before, {after:.4f} after -> {path}")
-    was_last = state["phase"] + 1 == len(config.training.phases)
-    again = f"--phase {state['phase']} " if was_last else ""
-    print(f"to train it further, with the --config and --set of its training: python train.py {again}--resume {path}")
+    own, draw = own_run(config, path), lambda to: draw_prototypes(inference, source, records, to) if source else records
+    written = begin_run(own, stage, pruned, draw)
+    print(f"{len(kept)} of {count} prototypes are left; val mIoU {before:.4f} before, {after:.4f} after -> {written}")
+    if stage != plan(config)[-1]:
+        command = Command(str(Path(own.paths.results_dir) / "config.yaml"), own)
+        print(f"to train it further: {command.text('auto')}")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def test_without_strength_nothing_moves():
 
 def finetuned(*overrides):
     train.main(["--config", "tiny.yaml", *(part for o in overrides for part in ("--set", o))])
-    model = load_checkpoint("models/final_checkpoint.pth")["model"]
+    model = load_checkpoint("models/final_checkpoint.pth").model
     return zero_connections(model["last_layer.weight"], model["prototype_class"]), model
 
 
@@ -79,6 +79,6 @@ def test_resumed_is_uninterrupted(workdir):
     command = ["--config", "tiny.yaml", *(part for o in overrides for part in ("--set", o))]
     (workdir / "models/final_checkpoint.pth").unlink()  # last_checkpoint.pth stands at step 3 of 4
     train.main([*command, "--resume", "auto"])
-    again = load_checkpoint("models/final_checkpoint.pth")["model"]
+    again = load_checkpoint("models/final_checkpoint.pth").model
     for name, value in whole.items():
         assert torch.equal(value, again[name]), name

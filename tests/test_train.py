@@ -1,6 +1,7 @@
 """The command line of train.py: phases, files, resuming bit by bit, what it refuses, and what it does with NaN."""
 
 import csv
+import json
 import os
 import shutil
 import signal
@@ -14,13 +15,15 @@ import yaml
 
 import module
 import train
-from config import config_from_dict, load_config
-from dataset import DatasetError
+from config import config_of, load_config
+from datasets.base import DatasetError
+from inference import open_model
 from losses import cross_entropy
 from module import NotFiniteError
-from runtime.checkpoint import CheckpointError, load_checkpoint, locked_run
+from runtime.checkpoint import CheckpointError, load_checkpoint
 from runtime.command import Interrupted, stop_flag
 from runtime.errors import ConfigError, UserError
+from schedule import RunFolder, locked_folders
 from tests import trees
 from tests.tiny import CONFIG, ROOT, tiny_config
 
@@ -37,7 +40,7 @@ def changed(*overrides):
 
 
 def weights(name="final", models="models"):
-    return load_checkpoint(Path(models) / f"{name}_checkpoint.pth")["model"]
+    return load_checkpoint(Path(models) / f"{name}_checkpoint.pth").model
 
 
 def assert_same(found, expected):
@@ -68,7 +71,7 @@ def refused(error, *arguments, **how):
 def quick(request, monkeypatch):
     """No pictures and no TensorBoard, unless a test asks for them: most of a tiny run's time goes there."""
     if getattr(request, "param", True):
-        monkeypatch.setattr(train, "draw_prototypes", lambda *arguments: None)
+        monkeypatch.setattr(train, "draw_prototypes", lambda inference, data, records, folder: records)
         monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
 
 
@@ -79,7 +82,7 @@ def quick(request, monkeypatch):
 def test_a_run_leaves_every_file_of_the_design(workdir):
     run("--set", "training.checkpoint_every=3")
     for name in (*STAGES, "last", "best"):
-        assert load_checkpoint(f"models/{name}_checkpoint.pth")["model"]
+        assert load_checkpoint(f"models/{name}_checkpoint.pth").model
     assert load_config("results/config.yaml") == tiny_config(
         "training.checkpoint_every=3", "paths.model_dir=models", "paths.results_dir=results"
     )
@@ -91,16 +94,16 @@ def test_what_a_checkpoint_holds(workdir):
     run("--set", "training.checkpoint_every=2")
     for name, stage, phase, step in (("warmup", "warmup", 0, 3), ("joint", "joint", 1, 5), ("push", "push", 1, 5)):
         state = load_checkpoint(f"models/{name}_checkpoint.pth")
-        assert (state["stage"], state["phase"], state["step"]) == (stage, phase, step)
-        assert "optimizer" not in state
-        assert config_from_dict(state["config"]) == load_config("results/config.yaml")
-        assert 0 <= state["metrics"]["val_miou"] <= 1 and state["class_names"][0] == "sky"
+        assert (state.stage, state.phase, state.step) == (stage, phase, step)
+        assert not state.is_midway
+        assert config_of(state) == load_config("results/config.yaml")
+        assert 0 <= state.metrics["val_miou"] <= 1 and state.class_names[0] == "sky"
     state = load_checkpoint("models/final_checkpoint.pth")
-    assert [r["prototype"] for r in state["prototypes"]] == list(range(len(state["model"]["prototype_vectors"])))
-    assert state["prototypes"] == load_checkpoint("models/push_checkpoint.pth")["prototypes"]
-    assert load_checkpoint("models/joint_checkpoint.pth")["prototypes"] == []
+    assert [r["prototype"] for r in state.prototypes] == list(range(len(state.model["prototype_vectors"])))
+    assert state.prototypes == load_checkpoint("models/push_checkpoint.pth").prototypes
+    assert load_checkpoint("models/joint_checkpoint.pth").prototypes == ()
     last = load_checkpoint("models/last_checkpoint.pth")
-    assert (last["stage"], last["step"]) == ("finetune", 2) and {"optimizer", "gradients", "progress"} <= last.keys()
+    assert (last.stage, last.step) == ("finetune", 2) and set(last.midway.progress) == set(train.Progress.STORED)
 
 
 def test_metrics_have_the_columns_of_the_design_and_a_row_per_logged_step(workdir):
@@ -126,13 +129,12 @@ def test_metrics_have_the_columns_of_the_design_and_a_row_per_logged_step(workdi
 def test_the_best_checkpoint_has_the_best_miou(workdir):
     run()
     measured = [float(row["val_miou"]) for row in rows() if row["val_miou"]]
-    best = load_checkpoint("models/best_checkpoint.pth")["metrics"]["val_miou"]
+    best = load_checkpoint("models/best_checkpoint.pth").metrics["val_miou"]
     assert best == pytest.approx(max(measured), rel=1e-5)
     final = load_checkpoint("models/final_checkpoint.pth")
-    module_of = train.TrainingModule(tiny_config(), train.construct_PPNet(tiny_config().model), torch.device("cpu"))
-    train.load_weights(module_of.model, final["model"])
     data = train.build_dataset(tiny_config(), "val")
-    assert module_of.validate(data).summary()["miou"] == pytest.approx(final["metrics"]["val_miou"], abs=1e-9)
+    measured = open_model("models/final_checkpoint.pth").inference.validate(data).summary()["miou"]
+    assert measured == pytest.approx(final.metrics["val_miou"], abs=1e-9)
 
 
 def test_the_push_is_written_and_survives_finetuning(workdir):
@@ -148,7 +150,7 @@ def test_skip_push_keeps_the_prototypes(workdir, capsys):
     run("--skip-push")
     assert not Path("models/push_checkpoint.pth").exists()
     assert torch.equal(weights()["prototype_vectors"], weights("joint")["prototype_vectors"])
-    assert load_checkpoint("models/final_checkpoint.pth")["prototypes"] == []
+    assert load_checkpoint("models/final_checkpoint.pth").prototypes == ()
     assert "push" not in capsys.readouterr().out
 
 
@@ -160,6 +162,14 @@ def test_the_twin_trains_with_the_same_command(workdir, capsys):
     assert_same(weights(), weights("joint"))
     aspp = "features.aspp.branches.0.weight"
     assert not torch.equal(weights("joint")[aspp], weights("warmup")[aspp])
+
+
+def test_a_backbone_of_timm_trains_is_pushed_and_comes_back(workdir):
+    """The whole way, the sizes of its checkpoints included, which are worked out without weights."""
+    settings = ["model.backbone=timm/mobilenetv3_small_050", *(f"training.phases.{i}.steps=1" for i in range(3))]
+    run(*(word for setting in settings for word in ("--set", setting)))
+    saved = open_model("models/final_checkpoint.pth")
+    assert saved.config.model.backbone == "timm/mobilenetv3_small_050" and saved.checkpoint.prototypes[0]["image"]
 
 
 def test_multi_scale_training_runs(workdir):
@@ -189,8 +199,8 @@ def test_early_stopping_ends_with_its_best_weights(workdir, monkeypatch):
     run(*changed(phase, "training.val_every=2", "training.iter_size=1"))
     final = load_checkpoint("models/final_checkpoint.pth")
     assert [row["step"] for row in rows() if row["val_miou"]] == ["0", "2", "4", "6", "8"]
-    assert torch.equal(final["model"]["last_layer.weight"], seen[2]) and final["metrics"]["val_miou"] == 0.6
-    assert not torch.equal(seen[2], seen[4]) and final["step"] == 8
+    assert torch.equal(final.model["last_layer.weight"], seen[2]) and final.metrics["val_miou"] == 0.6
+    assert not torch.equal(seen[2], seen[4]) and final.step == 8
 
 
 # --- phase by phase --------------------------------------------------------------------------------------------
@@ -214,7 +224,7 @@ def test_three_processes_end_where_one_ends(tmp_path, monkeypatch):
         command = [sys.executable, str(ROOT / "train.py"), "--config", "tiny.yaml", "--phase", phase, *short]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr
-    monkeypatch.setattr(train, "draw_prototypes", lambda *arguments: None)
+    monkeypatch.setattr(train, "draw_prototypes", lambda inference, data, records, folder: records)
     run(*short, models="one", results="r1")
     assert_same(weights(), weights(models="one"))
 
@@ -252,7 +262,7 @@ def every_cut(workdir, monkeypatch):
 
     Its val mIoU rises and falls as SCORES say, and stops finetuning early, with weights of some steps before.
     """
-    monkeypatch.setattr(train.Run, "_validate", lambda job: SCORES[job.module.phase.name][job.module.step])
+    monkeypatch.setattr(train.Run, "_validate", lambda job: SCORES[job.module.phase.config.name][job.module.phase.step])
     real_save = train.save_checkpoint
 
     def save_and_copy(path, *arguments, **how):
@@ -271,16 +281,15 @@ def every_cut(workdir, monkeypatch):
 
 def test_a_run_resumed_at_any_step_of_any_phase_ends_bit_equal(every_cut):
     assert len(every_cut) == (3 - 1) + (5 - 1) + (3 - 1)
-    assert load_checkpoint("models/final_checkpoint.pth")["metrics"]["val_miou"] == 0.9
+    assert load_checkpoint("models/final_checkpoint.pth").metrics["val_miou"] == 0.9
     for cut in every_cut:
         run(*CUTS, "--resume", "auto", models=cut / "models", results=cut / "results")
         for name in (*STAGES, "best"):
             whole = load_checkpoint(f"models/{name}_checkpoint.pth")
             again = load_checkpoint(cut / "models" / f"{name}_checkpoint.pth")
-            assert_same(again["model"], whole["model"])
-            assert {k: again[k] for k in ("stage", "step", "metrics", "prototypes")} == {
-                k: whole[k] for k in ("stage", "step", "metrics", "prototypes")
-            }
+            assert_same(again.model, whole.model)
+            for key in ("stage", "step", "metrics", "prototypes"):
+                assert getattr(again, key) == getattr(whole, key)
         assert without_speed(rows(cut / "results")) == without_speed(rows())
 
 
@@ -299,7 +308,7 @@ def test_a_signal_stops_at_a_step_and_resume_goes_on_to_the_same_end(workdir, mo
             monkeypatch.setattr(stop_flag, "signum", signal.SIGTERM)
 
     monkeypatch.setattr(module.TrainingModule, "training_step", step_then_stop)
-    with pytest.raises(Interrupted, match="SIGTERM: go on with: .* --resume models/last_checkpoint.pth") as e:
+    with pytest.raises(Interrupted, match="SIGTERM: go on with: .* --resume auto$") as e:
         run(*how)
     assert e.value.exit_code == 143
     monkeypatch.setattr(stop_flag, "signum", None)
@@ -309,21 +318,20 @@ def test_a_signal_stops_at_a_step_and_resume_goes_on_to_the_same_end(workdir, mo
     assert without_speed(rows()) == without_speed(rows("r1"))
 
 
-def test_auto_takes_the_newest(workdir, every_cut, capsys):
+def test_auto_takes_the_newest(workdir, every_cut):
     folder = every_cut[-1] / "models"  # in the middle of finetuning
+    run_folder = RunFolder(tiny_config(f"paths.model_dir={folder}"))
     for expected in ("last", "push", "joint", "warmup"):
-        capsys.readouterr()
-        stages = train.plan(tiny_config())
-        assert train.newest(tiny_config(f"paths.model_dir={folder}"), stages) == folder / f"{expected}_checkpoint.pth"
+        assert run_folder.newest().path == folder / f"{expected}_checkpoint.pth"
         (folder / f"{expected}_checkpoint.pth").unlink()
         (folder / "last_checkpoint.prev.pth").unlink(missing_ok=True)
-    assert train.newest(tiny_config(f"paths.model_dir={folder}"), stages) is None
+    assert run_folder.newest() is None
 
 
 def test_auto_prefers_a_phases_end_to_a_step_of_that_phase(workdir):
     run("--phase", "0", *changed("training.checkpoint_every=1"))
-    assert load_checkpoint("models/last_checkpoint.pth")["stage"] == "warmup"
-    assert train.newest(tiny_config(), train.plan(tiny_config())) == Path("models/warmup_checkpoint.pth")
+    assert load_checkpoint("models/last_checkpoint.pth").stage == "warmup"
+    assert RunFolder(tiny_config()).newest().path == Path("models/warmup_checkpoint.pth")
 
 
 def test_auto_without_anything_starts_at_the_beginning(workdir):
@@ -355,27 +363,224 @@ def test_a_checkpoint_of_another_model_is_refused_by_key(workdir):
     assert "warmup_checkpoint.pth: made by another model: model.add_on_layers_type is 'deeplab_simple' there" in message
 
 
-def test_rows_of_steps_that_are_taken_again_are_dropped(workdir):
-    log = train.MetricsLog(Path("metrics.csv"))
-    log.rewind(["a", "b", "c"], "a", -1)
-    for phase, step in (("a", 1), ("a", 2), ("b", 1), ("b", 2), ("b", 3), ("c", 1)):
-        log.write({"phase": phase, "step": step, "total": 0.1234567}, 0)
-    log.rewind(["a", "b", "c"], "b", 2)
-    with open("metrics.csv", newline="") as file:
-        kept = list(csv.DictReader(file))
-    assert [(r["phase"], r["step"]) for r in kept] == [("a", "1"), ("a", "2"), ("b", "1"), ("b", "2")]
-    assert kept[0]["total"] == "0.123457"
+def test_rates_and_decay_are_those_that_are_asked_for_now(workdir, capsys):
+    """The remedy of a divergence: smaller rates, then --resume auto."""
+    stop = changed("training.checkpoint_every=1", "training.log_every=1")
+    run("--phase", "0", *stop)
+    Path("models/warmup_checkpoint.pth").unlink()
+    smaller = changed(
+        "training.phases.0.lr={add_on: 1e-6, prototypes: 1e-6, last_layer: 1e-6}", "training.weight_decay=0.1"
+    )
+    capsys.readouterr()
+    run("--phase", "0", "--resume", "auto", *stop, *smaller)
+    out = capsys.readouterr().out
+    assert (
+        "not as in the run before: training.weight_decay is 0.1, was 0.0005; training.phases.0.lr.add_on is 1e-06"
+        in out
+    )
+    assert [row["lr_add_on"] for row in rows()] == ["0.01", "0.01", "1e-06"]
+
+
+def test_what_is_as_before_is_not_mentioned(workdir, capsys):
+    run("--phase", "0")
+    capsys.readouterr()
+    run("--phase", "1", "--set", "system.num_workers=1")
+    assert "not as in" not in capsys.readouterr().out
+
+
+def test_classes_in_another_order_are_refused(workdir, monkeypatch):
+    run("--phase", "0")
+    names = list(load_checkpoint("models/warmup_checkpoint.pth").class_names)
+    checkpoint = load_checkpoint("models/warmup_checkpoint.pth").with_(class_names=tuple(reversed(names)))
+    train.save_checkpoint("models/warmup_checkpoint.pth", checkpoint)
+    for arguments in (["--phase", "1"], ["--resume", "auto"]):
+        assert "the same classes in another order" in refused(ConfigError, *arguments)
+
+
+def test_a_finished_phase_that_is_asked_for_again_has_nothing_left_to_do(workdir, capsys):
+    run("--phase", "0")
+    run("--phase", "1")
+    before = {path: path.stat().st_mtime_ns for path in Path().rglob("*") if path.name != ".lock"}
+    for phase in "01":
+        run("--phase", phase, "--resume", "auto")
+        assert f"phase {phase} is finished; nothing is left to do" in capsys.readouterr().out
+        assert "--resume auto" in refused(ConfigError, "--phase", phase)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_last_checkpoint_records_no_miou_of_other_weights(workdir):
+    run(*changed("training.checkpoint_every=2", "training.val_every=1"))
+    assert load_checkpoint("models/last_checkpoint.pth").metrics == {}
+
+
+def test_a_phase_that_a_checkpoint_does_not_fit_any_more_names_the_file_and_the_remedy(workdir):
+    run("--phase", "0", *changed("training.checkpoint_every=2"))
+    Path("models/warmup_checkpoint.pth").unlink()
+    message = r"^models/last_checkpoint.pth: .* of step 2; 'warmup' has 1 steps; give it the settings of the run before"
+    with pytest.raises(CheckpointError, match=message):
+        run("--resume", "auto", *changed("training.phases.0.steps=1"))
+
+
+def test_what_differs_from_a_finished_run_is_said(workdir, capsys):
+    run()
+    capsys.readouterr()
+    run("--resume", "auto")
+    assert "not as in" not in capsys.readouterr().out
+    run("--resume", "auto", *changed("training.phases.2.steps=9"))
+    said = capsys.readouterr().out
+    assert "not as in the run before: training.phases.2.steps is 9, was 4" in said
+    assert "this run is finished; nothing is left to do" in said
+
+
+def test_a_push_that_was_skipped_or_not_is_said(workdir, capsys):
+    for models, before, now, told in (
+        ("skipped", ["--skip-push"], [], "the push was skipped"),
+        ("pushed", [], ["--skip-push"], "the prototypes were pushed"),
+    ):
+        results = f"results_{models}"
+        run(*before, *changed("training.checkpoint_every=2"), models=models, results=results)
+        Path(models, "final_checkpoint.pth").unlink()
+        for options in (before, now):
+            capsys.readouterr()
+            run("--resume", "auto", *options, models=models, results=results)
+            assert (f"not as in the run before: {told}" in capsys.readouterr().out) == (options is now)
+
+
+@pytest.mark.parametrize(("before", "now", "expected"), [(5, 0, 0.4), (0, 5, 0.4), (5, 5, 0.6)])
+def test_early_stopping_that_is_switched_meanwhile_has_the_miou_of_its_weights(
+    workdir, monkeypatch, before, now, expected
+):
+    def score(job):
+        step = job.module.phase.step
+        seen[step] = job.module.model.last_layer.weight.detach().clone()
+        if step == 2:
+            stop_flag.signum = signal.SIGTERM
+        return {0: 0.5, 2: 0.6, 4: 0.3, 6: 0.4}[step]
+
+    seen = {}
+    monkeypatch.setattr(stop_flag, "signum", None)
+    monkeypatch.setattr(train.Run, "_validate", score)
+
+    def arguments(patience):
+        phase = f"{{name: only, steps: 6, lr: {{last_layer: 1e-2}}, early_stopping: {patience}}}"
+        return changed(f"training.phases=[{phase}]", "training.val_every=2", "training.iter_size=1")
+
+    with pytest.raises(Interrupted):
+        run(*arguments(before))
+    stop_flag.signum = None
+    run("--resume", "auto", *arguments(now))
+    final = load_checkpoint("models/final_checkpoint.pth")
+    assert final.val_miou == expected
+    assert torch.equal(final.model["last_layer.weight"], seen[{0.4: 6, 0.6: 2}[expected]])
+
+
+def test_early_stopping_brings_back_the_statistics_of_batch_norm(workdir, monkeypatch):
+    """So that the final checkpoint is the model whose mIoU it records."""
+    scores = iter([0.5, 0.2, 0.1])
+    real, seen = train.Run._validate, []
+
+    def validate(job):
+        seen.append({name: value.clone() for name, value in job.module.model.state_dict().items()})
+        return next(scores)
+
+    monkeypatch.setattr(train.Run, "_validate", validate)
+    phase = "training.phases=[{name: only, steps: 9, lr: {backbone: 1e-2, add_on: 1e-2}, early_stopping: 2}]"
+    run(*changed(phase, "training.val_every=2", "training.iter_size=1"))
+    assert real and not torch.equal(
+        seen[0]["features.backbone.bn1.running_mean"], seen[2]["features.backbone.bn1.running_mean"]
+    )
+    assert_same(weights(), seen[0])
+
+
+def test_results_say_what_made_them(workdir):
+    run("--phase", "0")
+    about = json.loads(Path("results/run.json").read_text())
+    assert about["models"] == "../models" and about["torch"] == torch.__version__
+    assert {"command", "commit", "version"} <= about.keys()
+    assert load_checkpoint("models/warmup_checkpoint.pth").provenance == {k: about[k] for k in about if k != "models"}
+
+
+# --- something goes wrong in mid-run -----------------------------------------------------------------------------
+
+
+def no_space(log, row, total_step):
+    if row["phase"] == "joint" and row["step"] == 2:
+        raise OSError(28, "cannot log this step (No space left on device)", str(log.path))
+
+
+def vanish(log, row, total_step):
+    if row["phase"] == "joint" and row["step"] == 2:
+        shutil.rmtree(log.path.parent)
+
+
+@pytest.mark.parametrize("fault", [no_space, vanish])
+def test_the_state_is_saved_where_the_log_cannot_be_written(workdir, monkeypatch, fault):
+    run(models="one", results="r1")
+    real = train.MetricsLog.write
+
+    def write(log, row, total_step):
+        fault(log, row, total_step)
+        real(log, row, total_step)
+
+    monkeypatch.setattr(train.MetricsLog, "write", write)
+    with pytest.raises(OSError, match=r"results/metrics.csv: .*When that is mended, go on with: .*--resume auto$"):
+        run()
+    last = load_checkpoint("models/last_checkpoint.pth")
+    assert (last.stage, last.step) == ("joint", 2)
+    monkeypatch.setattr(train.MetricsLog, "write", real)
+    run("--resume", "auto")
+    assert_same(weights(), weights(models="one"))
+    expected = without_speed(rows("r1"))
+    assert without_speed(rows()) == (expected if fault is no_space else expected[2:])
+
+
+def test_the_state_is_saved_where_an_image_vanishes(workdir, monkeypatch):
+    run(models="one", results="r1")
+    real, read = train.TrainingSamples.__getitem__, []
+
+    def getitem(samples, key):
+        read.append(key)
+        if len(read) == 2 * 5 + 1:  # after 5 batches of two
+            raise DatasetError("train/0001.png: this image is missing")
+        return real(samples, key)
+
+    monkeypatch.setattr(train.TrainingSamples, "__getitem__", getitem)
+    with pytest.raises(DatasetError, match="^train/0001.png: this image is missing. When that is mended, go on with: "):
+        run()
+    assert load_checkpoint("models/last_checkpoint.pth").step == 2
+    monkeypatch.setattr(train.TrainingSamples, "__getitem__", real)
+    run("--resume", "auto")
+    assert_same(weights(), weights(models="one"))
+    assert without_speed(rows()) == without_speed(rows("r1"))
+
+
+def test_a_class_of_which_no_cell_sees_a_pixel_is_told_from_one_that_is_not_there(workdir, monkeypatch, capsys):
+    real = train.push_prototypes
+    monkeypatch.setattr(
+        train, "push_prototypes", lambda *a: (r := real(*a))._replace(not_found=[0, len(r.records) - 1])
+    )
+    real_images = train.own_images
+
+    def without_the_first_class(*arguments):
+        for index, image, label in real_images(*arguments):
+            yield index, image, label.where(label != 0, torch.tensor(255))
+
+    monkeypatch.setattr(train, "own_images", without_the_first_class)
+    run("--phase", "0")
+    run("--phase", "1")
+    out = capsys.readouterr().out
+    assert "prototype 0: class 'sky' never occurs in the training data; kept as it is" in out
+    assert "has pixels, but no cell looks at one: too small for a grid of stride 8; kept as it is" in out
 
 
 # --- refusals --------------------------------------------------------------------------------------------------
 
 
 def test_a_phase_without_its_start_names_the_file_and_the_command(workdir):
-    message = refused(ConfigError, "--phase", "1")
-    assert message == (
-        "--phase 1 starts from models/warmup_checkpoint.pth, which is not there."
-        " It is made by: python train.py --phase 0"
-    )
+    message, command = refused(ConfigError, "--phase", "1").split(" It is made by: ")
+    assert message == "--phase 1 starts from models/warmup_checkpoint.pth, which is not there."
+    assert command.startswith(f"python {ROOT / 'train.py'} --config {workdir / 'tiny.yaml'} --set ")
+    assert command.endswith(" --phase 0 --resume auto")
     assert "models/push_checkpoint.pth" in refused(ConfigError, "--phase", "2")
     assert "models/joint_checkpoint.pth" in refused(ConfigError, "--phase", "2", "--skip-push")
     assert refused(ConfigError, "--phase", "3") == "--phase 3: there are phases 0 to 2"
@@ -456,6 +661,105 @@ def test_overwriting_from_the_push_on_writes_the_rows_of_finetuning_once(workdir
     assert without_speed(rows()) == before
 
 
+def test_a_run_that_is_overwritten_stays_until_its_successor_is_whole(workdir, monkeypatch, capsys):
+    run(*changed("training.checkpoint_every=2"))
+    before = {path: path.read_bytes() for path in Path("models").glob("*.pth")}
+    other = changed("training.seed=1", "training.checkpoint_every=100")
+    run(*other, models="one", results="r1")
+    real_step, taken = module.TrainingModule.training_step, []
+
+    def step_then_stop(trainer, *batch):
+        real_step(trainer, *batch)
+        taken.append(1)
+        if len(taken) in (1, 5):
+            monkeypatch.setattr(stop_flag, "signum", signal.SIGTERM)
+
+    monkeypatch.setattr(module.TrainingModule, "training_step", step_then_stop)
+    with pytest.raises(Interrupted):
+        run("--overwrite", *other)
+    saved = {path for path in before if "last" in path.name}
+    assert {path: path.read_bytes() for path in before if path not in saved} == {
+        path: value for path, value in before.items() if path not in saved
+    }
+    assert "is there from an earlier run" in refused(ConfigError, *other)
+    monkeypatch.setattr(stop_flag, "signum", None)
+    with pytest.raises(Interrupted):
+        run("--resume", "auto", *other)  # in joint
+    assert Path("models/final_checkpoint.pth").read_bytes() == before[Path("models/final_checkpoint.pth")]
+    monkeypatch.setattr(stop_flag, "signum", None)
+    run("--resume", "auto", *other)
+    for name in (*STAGES, "best"):
+        assert_same(weights(name), weights(name, "one"))
+    assert without_speed(rows()) == without_speed(rows("r1"))
+    assert not Path("models/.outdated.json").exists()
+
+
+def test_the_file_that_a_run_starts_from_is_never_overwritten(workdir):
+    run()
+    before = {path: path.read_bytes() for path in Path("models").glob("*.pth")}
+    for name, phase in (("final", "2"), ("push", "1"), ("best", "2")):
+        file = f"models/{name}_checkpoint.pth"
+        message = refused(ConfigError, "--phase", phase, "--resume", file, "--overwrite")
+        assert f"{file}: --overwrite would replace the file that it starts from" in message
+        assert "paths.model_dir=FOLDER --set paths.results_dir=FOLDER" in message
+    assert {path: path.read_bytes() for path in Path("models").glob("*.pth")} == before
+
+
+def test_results_of_another_run_are_refused(workdir):
+    run("--phase", "0")
+    for arguments in ([], ["--overwrite"], ["--resume", "auto"]):
+        message = refused(ConfigError, *arguments, models="other")
+        assert message.startswith("results: these are the results of the run in ") and "paths.model_dir" in message
+    run("--phase", "0", models="other", results="results/other")
+
+
+@pytest.mark.parametrize("name", ["last_checkpoint.pth", "last_checkpoint.prev.pth"])
+@pytest.mark.parametrize("how", [["--phase", "1"], ["--resume", "models/warmup_checkpoint.pth"]])
+def test_a_foreign_file_under_the_name_of_a_last_checkpoint_stays(workdir, name, how):
+    run("--phase", "0")
+    Path("models", name).write_bytes(b"mine")
+    assert name in refused(CheckpointError, *how, "--set", "training.checkpoint_every=1")
+    assert Path("models", name).read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("how", [["--phase", "1"], ["--resume", "auto"]])
+def test_a_list_of_outdated_files_makes_no_foreign_file_ours(workdir, how):
+    run("--phase", "0")
+    Path("models/final_checkpoint.pth").write_bytes(b"mine")
+    Path("models/.outdated.json").write_text('["final_checkpoint.pth"]')
+    assert "final_checkpoint.pth" in refused(CheckpointError, *how)
+    assert Path("models/final_checkpoint.pth").read_bytes() == b"mine"
+
+
+def test_a_foreign_list_of_outdated_files_stays(workdir):
+    Path("models").mkdir()
+    Path("models/.outdated.json").write_text('{"mine": 1}')
+    run("--phase", "0")
+    assert Path("models/.outdated.json").read_text() == '{"mine": 1}'
+
+
+@pytest.mark.parametrize("text", ['{"models": "resnet50"}', '{"models": ""}', '{"models": "../x", "lr": 1}'])
+def test_a_users_own_run_json_is_no_result(workdir, text):
+    Path("mine").mkdir()
+    Path("mine/run.json").write_text(text)
+    assert "mine/run.json: this project did not write" in refused(ConfigError, results="mine")
+    assert Path("mine/run.json").read_text() == text
+
+
+def test_a_users_own_files_are_no_results(workdir):
+    Path("mine").mkdir()
+    Path("mine/config.yaml").write_text("mine: 1\n")
+    for arguments in ([], ["--overwrite"]):
+        assert "mine/config.yaml: this project did not write this file" in refused(
+            ConfigError, *arguments, results="mine"
+        )
+    Path("r/prototypes").mkdir(parents=True)
+    Path("r/prototypes/holiday.png").touch()
+    with pytest.raises(ConfigError, match="r/prototypes: .*holds holiday.png"):
+        run(results="r")
+    assert Path("r/prototypes/holiday.png").exists() and not list(Path("models").glob("*.pth"))
+
+
 @pytest.mark.parametrize("fault", ["a damaged image", "a signal"])
 def test_a_run_with_workers_that_fails_ends_all_the_same(tmp_path, fault):
     """Workers ignore signals, and Python waits for them at exit: somebody has to tell them."""
@@ -482,10 +786,13 @@ FAULTS = {
 
 
 def test_a_folder_in_use_is_left_alone(workdir):
-    with locked_run(Path("models")):
-        with pytest.raises(UserError, match="trains there") as caught:
-            run()
-    assert caught.value.exit_code == 5 and not list(Path("models").glob("*.pth"))
+    for folder in ("models", "results"):
+        with locked_folders([Path(folder)], lambda: None):
+            with pytest.raises(
+                UserError, match=f"{folder}: .* trains there.*model_dir=FOLDER.*results_dir=FOLDER"
+            ) as e:
+                run(models="models" if folder == "models" else "other")
+        assert e.value.exit_code == 5 and not list(Path().rglob("*.pth"))
 
 
 # --- a loss that is not finite ---------------------------------------------------------------------------------
@@ -498,7 +805,8 @@ def test_nan_ends_the_run_with_its_terms_and_images_and_overwrites_nothing(workd
 
     def spoiled(*tensors):
         calls.append(1)
-        return cross_entropy(*tensors) * (torch.nan if len(calls) == bad_step else 1.0)
+        loss = cross_entropy(*tensors)
+        return loss._replace(total=loss.total * (torch.nan if len(calls) == bad_step else 1.0))
 
     monkeypatch.setattr(module, "cross_entropy", spoiled)
     saved = {}
@@ -521,19 +829,6 @@ def test_nan_ends_the_run_with_its_terms_and_images_and_overwrites_nothing(workd
 
 
 # --- the schedule ----------------------------------------------------------------------------------------------
-
-
-def test_the_plan_names_a_file_for_each_stage():
-    config = load_config(ROOT / "configs" / "demo.yaml")
-    assert [(s.name, s.phase, s.is_push, s.file) for s in train.plan(config)] == [
-        ("warmup", 0, False, "warmup_checkpoint.pth"),
-        ("joint", 1, False, "joint_checkpoint.pth"),
-        ("push", 1, True, "push_checkpoint.pth"),
-        ("finetune", 2, False, "final_checkpoint.pth"),
-    ]
-    assert [s.file for s in train.plan(config, skip_push=True)] == [
-        f"{name}_checkpoint.pth" for name in ("warmup", "joint", "final")
-    ]
 
 
 def test_another_schedule_is_an_edit_of_the_yaml(workdir):

@@ -1,10 +1,12 @@
 """What the fault tests share: processes made by fork (torch is imported once), and runs compared bit by bit."""
 
 import csv
+import dataclasses
 import faulthandler
 import os
 import resource
 import select
+import shlex
 import signal
 import sys
 import traceback
@@ -16,10 +18,12 @@ import torch
 
 import train
 from runtime import command
-from runtime.checkpoint import load_checkpoint, load_last
+from runtime.checkpoint import Checkpoint, load_checkpoint, load_last
+from schedule import RunFolder
 
 PATIENCE = 60  # seconds after which a process hangs
 FREE = ("images_per_second", "peak_memory_mb")  # columns of metrics.csv that are the machine's
+MACHINE = ("log.txt", ".lock", "acknowledged", "run.json")  # files that say where and by what command
 KILLED = -signal.SIGKILL
 WHOLE: dict[tuple, dict] = {}  # results of runs that nothing happened to
 
@@ -105,6 +109,15 @@ class Place:
         print(f"{name} {' '.join(arguments)} -> {code}\n{self.said(name)}")
         return code
 
+    def paste(self, command: str, name: str) -> int:
+        """The exit code of a printed command of train.py, given in the folder `name`."""
+
+        def task():
+            os.chdir(self.folder / name)
+            train.main(shlex.split(command)[2:])
+
+        return Child(task, self.folder / name / "log.txt").end()
+
     def said(self, name: str) -> str:
         return (self.folder / name / "log.txt").read_text()
 
@@ -114,11 +127,11 @@ class Place:
         for path in sorted(home.rglob("*")):
             key = path.relative_to(home).as_posix()
             if path.suffix == ".pth":
-                found[key] = load_checkpoint(path)
+                found[key] = contents(load_checkpoint(path))
             elif path.suffix == ".csv":
                 with open(path, newline="") as file:
                     found[key] = [{k: v for k, v in row.items() if k not in FREE} for row in csv.DictReader(file)]
-            elif path.is_file() and path.name not in ("log.txt", ".lock", "acknowledged"):
+            elif path.is_file() and path.name not in MACHINE:
                 found[key] = path.read_bytes()
         return found
 
@@ -130,21 +143,27 @@ class Place:
             WHOLE[key] = self.result("whole")
         return WHOLE[key]
 
-    def last(self, name: str) -> dict:
+    def last(self, name: str) -> Checkpoint:
         """The newest readable last_checkpoint of a run."""
         return load_last(self.folder / name / "models" / "last_checkpoint.pth")[0]
 
     def newest(self, name: str) -> tuple[int, int]:
         """How far the newest checkpoint of a run is: the number of its stage, and its step; (-1, 0) without any."""
-        config = train.load_config(self.folder / "tiny.yaml", [f"paths.model_dir={self.folder / name / 'models'}"])
-        stages = train.plan(config)
-        path = train.newest(config, stages)
-        return (-1, 0) if path is None else reached(load_last(path)[0], [stage.name for stage in stages])
+        models = self.folder / name / "models"
+        folder = RunFolder(train.load_config(self.folder / "tiny.yaml", [f"paths.model_dir={models}"]))
+        found = folder.newest()
+        return (-1, 0) if found is None else reached(found.checkpoint, [stage.name for stage in folder.schedule])
 
 
-def reached(state: dict, stages: list[str]) -> tuple[int, int]:
+def contents(checkpoint: Checkpoint) -> dict:
+    """What a checkpoint holds, but for the command and the place of its file."""
+    found = dataclasses.asdict(checkpoint)
+    return {key: value for key, value in found.items() if key not in ("provenance", "origin")}
+
+
+def reached(state: Checkpoint, stages: list[str]) -> tuple[int, int]:
     """A position in the schedule that can be compared: (number of the stage, step)."""
-    return stages.index(state["stage"]), state["step"]
+    return stages.index(state.stage), state.step
 
 
 def difference(one, two, path: str = "") -> str | None:
@@ -153,7 +172,7 @@ def difference(one, two, path: str = "") -> str | None:
         if one.keys() != two.keys():
             return f"{path}: {sorted(one.keys() ^ two.keys(), key=str)} is in one alone"
         return next((d for key in one if (d := difference(one[key], two[key], f"{path}/{key}"))), None)
-    if isinstance(one, list) and isinstance(two, list) and len(one) == len(two):
+    if isinstance(one, (list, tuple)) and type(one) is type(two) and len(one) == len(two):
         pairs = enumerate(zip(one, two, strict=True))
         return next((d for i, (a, b) in pairs if (d := difference(a, b, f"{path}/{i}"))), None)
     if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor):

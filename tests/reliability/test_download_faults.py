@@ -23,8 +23,11 @@ import pytest
 
 from download import fetch as download
 from download import sources
-from download.fetch import DownloadError, arriving, fetch, unpack
+from download import unpack as unpacking
+from download.fetch import DownloadError, fetch
+from download.unpack import unpack
 from runtime.command import stop_flag
+from runtime.files import arriving
 from tests.archive_server import make_tar, make_zip, noise, publish_voc, serving, tree
 
 OUTSIDE = f"{tempfile.gettempdir()}/protoseg-evil"  # where no archive may write
@@ -136,8 +139,8 @@ MALICIOUS = {
 
 @pytest.mark.parametrize("case", MALICIOUS)
 def test_row_13_malicious_archives(tmp_path, monkeypatch, case):
-    monkeypatch.setattr(download, "MAX_MEMBERS", 250)
-    monkeypatch.setattr(download, "MAX_UNPACKED_BYTES", 2_000_000)
+    monkeypatch.setattr(unpacking, "MAX_MEMBERS", 250)
+    monkeypatch.setattr(unpacking, "MAX_UNPACKED_BYTES", 2_000_000)
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "file").write_text("mine")
     archive = tmp_path / "archive"

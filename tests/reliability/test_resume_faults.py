@@ -16,14 +16,16 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train
-from explanation.pictures import draw_prototypes
+from explanation.prototype_pictures import draw_prototypes
+from inference import Inference
 from module import TrainingModule
-from runtime.checkpoint import load_checkpoint, previous
+from runtime.checkpoint import load_tensors, previous
 from tests.reliability.faults import KILLED, alive, difference, reached, stop_after, without_last
 from tests.tiny import CONFIG, ROOT
 
@@ -101,7 +103,7 @@ def last_layer_of_zeros(state):
     state["model"]["last_layer.weight"].zero_()
 
 
-PROGRESS = tuple(vars(train.Progress(0.0)))
+PROGRESS = tuple(train.Progress.STORED)
 CONTROLS = {
     **{f"{key} is gone": forget(key) for key in ("model", "optimizer", "gradients", "sums", "batches", "progress")},
     **{f"{key} is gone": forget(key) for key in ("step", "stage", "phase", "config", "prototypes")},
@@ -132,7 +134,11 @@ def test_row_3_every_piece_of_the_state_is_needed(place, monkeypatch):
     It is resumed from two cuts, since not all pieces can matter at one: right after a validation, and between two,
     with sums that are not yet written; both between two updates.
     """
-    mious = lambda run: MIOUS.get(run.module.step, 0.1) if run.module.phase_index == 2 else 0.1  # noqa: E731
+
+    def mious(run):
+        phase = run.module.phase
+        return MIOUS.get(phase.step, 0.1) if phase.index == 2 else 0.1
+
     monkeypatch.setattr(train.Run, "_validate", mious)
     place.overrides = [
         "training.phases.2.steps=10", "training.iter_size=3", "training.val_every=2", "training.checkpoint_every=5",
@@ -149,7 +155,7 @@ def test_row_3_every_piece_of_the_state_is_needed(place, monkeypatch):
         shutil.rmtree(place.folder / name, ignore_errors=True)
         shutil.copytree(cut, place.folder / name)
         last = place.folder / name / "models" / "last_checkpoint.pth"
-        state = load_checkpoint(last)
+        state = load_tensors(last)
         change(state)
         torch.save(state, last)
         previous(last).unlink(missing_ok=True)
@@ -182,11 +188,11 @@ def announce(place, name):
     """Write down each save that train.py makes, after it was made."""
     real, told = train.save_checkpoint, place.folder / name / "acknowledged"
 
-    def save(path, state, *how):
-        real(path, state, *how)
+    def save(path, state, **how):
+        real(path, state, **how)
         if "best" not in Path(path).name:
             with open(told, "a") as file:
-                file.write(f"{state['stage']} {state['step']}\n")
+                file.write(f"{state.stage} {state.step}\n")
 
     train.save_checkpoint = save
 
@@ -194,7 +200,9 @@ def announce(place, name):
 def announced(place, name, stages):
     told = place.folder / name / "acknowledged"
     lines = told.read_text().splitlines() if told.exists() else []
-    return max((reached({"stage": s, "step": int(k)}, stages) for s, k in map(str.split, lines)), default=(-1, 0))
+    return max(
+        (reached(SimpleNamespace(stage=s, step=int(k)), stages) for s, k in map(str.split, lines)), default=(-1, 0)
+    )
 
 
 @pytest.mark.parametrize("kills", [40, nightly(500)])
@@ -259,9 +267,9 @@ MOMENTS = {  # where a signal comes: module, function, call number; it is handle
     "between updates": (TrainingModule, "training_step", 2),
     "the last step of joint": (TrainingModule, "training_step", 8),
     "finetuning": (TrainingModule, "training_step", 10),
-    "validation": (TrainingModule, "validate", 2),
-    "validation at a phase's end": (TrainingModule, "validate", 4),
-    "validation after the push": (TrainingModule, "validate", 6),
+    "validation": (Inference, "validate", 2),
+    "validation at a phase's end": (Inference, "validate", 4),
+    "validation after the push": (Inference, "validate", 6),
     "a save of last": (train, "save_checkpoint", 2),
     "a phase's save": (train, "save_checkpoint", 5),
     "the push": (train, "push_prototypes", 1),
@@ -282,11 +290,12 @@ def test_row_21_a_signal_at_any_moment(place, moment, signum, monkeypatch):
     code = place.train("run", before=lambda: at_call(*MOMENTS[moment], lambda: send(signum)))
     last_line = place.said("run").splitlines()[-1]
     assert code == 128 + signum and last_line.startswith(f"error: stopped by {signum.name}: ")
-    assert "python train.py --config ../tiny.yaml --set training.checkpoint_every=1" in last_line
-    resume = last_line.split("train.py ")[1].split()
-    assert resume[-2] == "--resume"
-    assert place.train("run", *resume[-2:]) == 0
-    assert_as_whole(place, "run")
+    assert f"go on with: python {ROOT / 'train.py'} --config {place.folder / 'tiny.yaml'} --set " in last_line
+    (place.folder / "elsewhere").mkdir()
+    assert place.paste(last_line.split("go on with: ")[1], "elsewhere") == 0  # with absolute paths in its configuration
+    found, expected = (without_workers(result) for result in (place.result("run"), place.whole()))
+    assert difference(found, expected) is None
+    assert [path.name for path in (place.folder / "elsewhere").iterdir()] == ["log.txt"]
 
 
 def test_row_21_a_storm_of_signals_is_one(place):
@@ -371,6 +380,7 @@ def test_row_23_a_lock_that_cannot_be_made_is_told(place):
 SCRIPT = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
+sys.argv = ["train.py"]
 import torch
 torch.set_num_threads(1)
 import deeplab_features, train
@@ -390,6 +400,7 @@ PLACES = {
 def test_rows_28_and_30_elsewhere_and_again(place, monkeypatch):
     """New processes in other places of other habits write the same bytes: checkpoints, pictures, everything."""
     monkeypatch.setattr(train, "draw_prototypes", draw_prototypes)
+    monkeypatch.setattr(sys, "argv", ["train.py"])  # it is in the files
     assert place.train("here") == 0
     expected = bytes_of(place, "here")
     processes = []
