@@ -9,63 +9,66 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from runtime.files import replacing
+
 TEMPLATES = Path(__file__).parent / "templates"
-GENERATOR = "prototype segmentation: explain.py"
 POLICY = (
-    "default-src 'none'; img-src 'self' file:; style-src '{style}'; script-src '{script}';"
+    "default-src 'none'; img-src {pictures}; style-src '{style}'; script-src '{script}';"
     " base-uri 'none'; form-action 'none'"
 )
 
 
-def write_page(path: Path, template: str, palette, **values) -> None:
-    """Render a template into a file, with a CSS class `.cN` in the colour of each class N.
+def render(
+    template: str,
+    palette: Iterable[tuple[int, int, int]] = (),
+    styles: tuple[str, ...] = ("style.css",),
+    data: object = None,
+    ratio: float = 1.0,
+    inline: bool = False,
+    filters: Mapping[str, Callable] | None = None,
+    **values,
+) -> str:
+    """A page: a template filled with values.
 
-    A value `data` reaches the page's script; a value `ratio`, width over height of its picture, its style.
+    palette: makes a CSS class `.cN` in the colour of each class N. data: what the page's script `image.js` gets; a
+    page without data runs none. ratio: width over height of its picture. inline: the page holds its pictures as
+    data: addresses, and elements have styles of their own; neither is allowed otherwise.
     """
-    style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
-    style += "".join(f".c{i}{{--class:rgb({r} {g} {b})}}" for i, (r, g, b) in enumerate(palette))
-    style += f":root{{--ratio:{float(values.get('ratio', 1)):.6f}}}"
-    script = (TEMPLATES / "image.js").read_text(encoding="utf-8") if "data" in values else ""
-    if "data" in values:
-        values["data"] = script_json(values["data"])
-    page = (
-        _environment()
-        .get_template(template)
-        .render(
-            policy=POLICY.format(style=_hash(style), script=_hash(script)),
-            style=Markup(style),
-            script=Markup(script),
-            generator=GENERATOR,
-            **values,
-        )
+    style = "".join((TEMPLATES / name).read_text(encoding="utf-8") for name in styles)
+    style += "".join(f".c{i}{{--class:rgb({r:d} {g:d} {b:d})}}" for i, (r, g, b) in enumerate(palette))
+    style += f":root{{--ratio:{ratio:.6f}}}"
+    script = "" if data is None else (TEMPLATES / "image.js").read_text(encoding="utf-8")
+    policy = POLICY.format(
+        pictures="data:" if inline else "'self' file:",
+        style="unsafe-inline" if inline else _hash(style),
+        script=_hash(script),
     )
-    path.write_text(page, encoding="utf-8", errors="replace")  # names may hold bytes that no encoding has
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters.update(filters or {}, minus=lambda text: text.replace("-", "\u2212"))
+    return environment.get_template(template).render(
+        policy=policy, style=Markup(style), script=Markup(script), data=script_json(data), **values
+    )
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write a page, whole or not at all."""
+    with replacing(path, "w", encoding="utf-8", errors="replace") as file:  # names may hold bytes of no encoding
+        file.write(page)
 
 
 def script_json(value: object) -> Markup:
     """JSON that is safe inside a <script>: nothing in it can end the element."""
     text = json.dumps(value, separators=(",", ":"))
     return Markup(text.replace("&", r"\u0026").replace("<", r"\u003c").replace(">", r"\u003e"))
-
-
-def is_ours(path: Path) -> bool:
-    """Whether a file is a page that was written here."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return GENERATOR in file.read(1000)
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters["minus"] = lambda text: text.replace("-", "\u2212")
-    return environment
 
 
 def _hash(text: str) -> str:

@@ -1,27 +1,18 @@
-"""Pictures, with Pillow alone: label colours, heat overlays, prototype pictures and contact sheets."""
+"""Pictures, with Pillow alone: label colours, heat overlays, boxes, and contact sheets."""
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 import unicodedata
-from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
-from tqdm import tqdm
 
-from dataset import SegmentationDataset, normalize
 from grid import IGNORE
-from model import PPNet, SegmentationNet, pad_to_grid, upsample
-from push import patch_box
-from runtime.command import stop_flag
 
 MARGIN = 6
 CAPTION = 16
+WIDEST = 16  # times its height: of a wider picture nothing could be seen, and no JPEG holds 65,501 pixels
 BOX_COLORS = ((0, 0, 0), (255, 255, 0))
 
 
@@ -58,8 +49,9 @@ def draw_box(image: Image.Image, box: list[int]) -> Image.Image:
 
 
 def fit(image: Image.Image, height: int) -> Image.Image:
-    """An image scaled to a height."""
-    return image.resize((max(1, round(image.width * height / image.height)), height), Image.Resampling.BICUBIC)
+    """An image scaled to a height; a very wide one to less, so that it is at most 16 times as wide as that."""
+    scale = min(height / image.height, WIDEST * height / image.width)
+    return image.resize([max(1, round(scale * length)) for length in image.size], Image.Resampling.BICUBIC)
 
 
 def sheet(rows: list[list[tuple[Image.Image, str]]], title: str) -> Image.Image:
@@ -82,106 +74,10 @@ def sheet(rows: list[list[tuple[Image.Image, str]]], title: str) -> Image.Image:
     return page
 
 
-def explained_figure(image: Image.Image, painted: Image.Image, rows: list[dict]) -> Image.Image:
-    """A photograph above its prediction, and beside them a legend with the prototypes that made each class.
-
-    rows: of each class its `name`, `color`, `share` of the pixels 0..1 and, if any, `prototypes`, each with its number
-    `prototype`, `picture` or None, `share` of the class's cells that it decides, and `at`, the pixel (x, y) of the
-    image where it is the most similar: that is marked with the same number.
-    """
-    scale = 640 / image.width
-    left = [fit(picture, round(scale * image.height)) for picture in (image, painted)]
-    tall, line, wide = left[0].height, 132, 312
-    in_column = max(4, (2 * tall + MARGIN) // line)
-    columns = -(-len(rows) // in_column)
-    height = max(2 * tall + MARGIN, min(len(rows), in_column) * line)
-    page = Image.new("RGB", (640 + columns * (wide + MARGIN), height), "white")
-    for i, picture in enumerate(left):
-        for row in rows:
-            for prototype in row.get("prototypes", ()):
-                _mark(picture, str(prototype["prototype"]), [scale * c for c in prototype["at"]])
-        page.paste(picture, (0, i * (tall + MARGIN)))
-    for i, row in enumerate(rows):
-        corner = (640 + 2 * MARGIN + i // in_column * (wide + MARGIN), i % in_column * line)
-        _figure_row(page, row, corner)
-    return page
-
-
-def _figure_row(page: Image.Image, row: dict, corner: tuple[int, int]) -> None:
-    (x, y), pen, font = corner, ImageDraw.Draw(page), ImageFont.load_default(13)
-    pen.rectangle((x, y + 4, x + 11, y + 15), fill=tuple(row["color"]), outline="black")
-    name = " ".join(row["name"].split())
-    name = name if len(name) <= 32 else name[:31] + "..."
-    pen.text((x + 18, y + 1), f"{name}  {100 * row['share']:.1f} %", fill="black", font=font)
-    for i, prototype in enumerate(row.get("prototypes", ())):
-        left = x + i * 104
-        if prototype["picture"] is not None:
-            page.paste(prototype["picture"].resize((92, 92)), (left, y + 20))
-        caption = f"{prototype['prototype']}: {100 * prototype['share']:.0f} %"
-        pen.text((left, y + 113), caption, fill="black", font=font)
-
-
-def _mark(picture: Image.Image, text: str, at: list[float]) -> None:
-    """A number in a white disc, on the picture in full."""
-    pen, font, radius = ImageDraw.Draw(picture), ImageFont.load_default(11), 10
-    x, y = (min(max(radius, c), length - radius - 1) for c, length in zip(at, picture.size, strict=True))
-    pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill="white", outline="black")
-    pen.text((x, y), text, fill="black", font=font, anchor="mm")
-
-
 def slug(name: str, nameless: str = "class") -> str:
     """A part of a file name made of a name that may hold anything: at most 40 of a-z, 0-9 and -, or `nameless`."""
     ascii_name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
     return re.sub(r"[^a-z0-9]+", "-", ascii_name)[:40].strip("-") or nameless
-
-
-@torch.no_grad()
-def similarity_map(model: PPNet, image: Image.Image, prototype: int) -> tuple[Tensor, np.ndarray]:
-    """A prototype's activation on an image: on the grid (h, w), and of every pixel (H, W) as a share of the
-    largest activation there is, 0..1 (of the image's own range with the linear activation)."""
-    device = model.prototype_vectors.device
-    padded = pad_to_grid(normalize(image)[None].to(device), 0.0, model.output_stride)
-    activation = model.activations(model(padded).distances[:, prototype : prototype + 1])
-    pixels = upsample(activation, padded.shape[2:])[0, 0, : image.height, : image.width].cpu()
-    low, high = float(pixels.min()), max(float(pixels.max()), float(pixels.min()) + 1e-6)
-    return activation[0, 0].cpu(), ((pixels - low) / (high - low)).numpy()
-
-
-def draw_prototypes(model: SegmentationNet, dataset: SegmentationDataset, records: list[dict], folder: Path) -> None:
-    """Write `prototypes.json`, a picture of each prototype and a contact sheet of each class into a new `folder`.
-
-    records: of `push_prototypes`, on `dataset`; each gets its `box` [x0, y0, x1, y1) in pixels and its `picture`.
-    """
-    model.eval()
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    rows: dict[int, list] = {}
-    for record in tqdm(records, desc="prototype pictures", unit="picture", leave=False, disable=None):
-        stop_flag.raise_if_set()
-        if record["image"] is None:
-            record.update(box=None, picture=None)
-            continue
-        row = _prototype_row(model, dataset, record)
-        record["picture"] = f"prototype_{record['prototype']:03d}_{slug(record['class_name'])}.png"
-        sheet([row], _title(record)).save(folder / record["picture"])
-        rows.setdefault(record["class"], []).append(row)
-    for class_index, class_rows in rows.items():
-        name = dataset.mapping.names[class_index]
-        page = sheet(class_rows, f"{name}: {len(class_rows)} prototypes")
-        page.save(folder / f"class_{class_index:02d}_{slug(name)}.png")
-    (folder / "prototypes.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
-
-
-def _prototype_row(model: PPNet, dataset: SegmentationDataset, record: dict) -> list[tuple[Image.Image, str]]:
-    image, _ = dataset.read(record["image_index"])
-    activation, share = similarity_map(model, image, record["prototype"])
-    record["box"] = patch_box(activation, record["cell"], image.size, model.output_stride)
-    height = 160
-    return [
-        (fit(image.crop(around(record["box"], image.size)), height), f"prototype {record['prototype']}"),
-        (fit(draw_box(image, record["box"]), height), Path(record["image"]).name),
-        (fit(draw_box(heat(image, share), record["box"]), height), f"activation, {activation.max():.1f} at most"),
-    ]
 
 
 def around(box: list[int], size: tuple[int, int], side: int = 0) -> tuple[int, int, int, int]:
@@ -195,11 +91,3 @@ def around(box: list[int], size: tuple[int, int], side: int = 0) -> tuple[int, i
         for low, high, length in zip(box[:2], box[2:], size, strict=True)
     )
     return x, y, x + side, y + side
-
-
-def _title(record: dict) -> str:
-    stands_for = f", stands for {len(record['merged'])}" if len(record["merged"]) > 1 else ""
-    return (
-        f"prototype {record['prototype']} of '{record['class_name']}': {record['image']}"
-        f" at x={record['pixel'][0]}, y={record['pixel'][1]}{stands_for}"
-    )

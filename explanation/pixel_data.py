@@ -1,20 +1,23 @@
 """What a page knows of every pixel of an image, small enough to be mailed: its scores, and what they are made of.
 
 C classes, P prototypes, (h, w) feature grid, (H, W) image, as everywhere.
-"""
 
-# The encoding. Upsampling is linear: a pixel's score is a weighted mean of its class's scores in the four cells around
-# it, and a prototype's activation likewise, so cells are all that a page needs. Scores (C, h, w) are kept for every
-# class. The activations of all P prototypes would be 25 MB for 1024x2048 pixels; so where they do not fit into what the
-# scores leave of MAX_BYTES, the grid is cut into tiles of TILE x TILE squares (a square lies between four cells; the
-# cells of an edge belong to both tiles), and a tile keeps only some prototypes: each that adds most to the predicted
-# class at any of its pixels, and then those that add or take most. What the others add up to is the score minus what is
-# kept, so nothing is lost but their names.
-# Numbers are rounded to a step: 8e-4 for scores, that over the largest weight for activations, so that contributions,
-# too, are within 4e-4 of the model's. They are kept as differences from a guess, the median of left neighbour, upper
-# neighbour, and left + upper - upper left (0 beyond the grid), signs folded in (0, -1, 1, -2 ...), first the lowest
-# bytes of all numbers, then the second, third and fourth. Labels are a byte each, as differences from the row above.
-# `scores` are scores, predicted and true labels, `activations` those of the tiles row by row; each zlib in base64.
+The encoding (undone by `templates/image.js`). Upsampling is linear: a pixel's score is a weighted mean of its class's
+scores in the four cells around it, and a prototype's activation likewise, so cells are all that a page needs, and the
+`stride` and `offset` of the grid.
+
+Scores (C, h, w) are kept for every class. The activations of all P prototypes would be 25 MB for 1024x2048 pixels; so
+where they do not fit into what the scores leave of MAX_BYTES, the grid is cut into tiles of TILE x TILE squares (a
+square lies between four cells; the cells of an edge belong to both tiles), and a tile keeps only some prototypes: each
+that adds most to the predicted class at any of its pixels, and then those that add or take most. What the others add
+up to is the score minus what is kept, so nothing is lost but their names.
+
+Numbers are rounded to a step: 8e-4 for scores, that over the largest weight for activations, so that contributions,
+too, are within 4e-4 of the model's. They are kept as differences from a guess, the median of left neighbour, upper
+neighbour, and left + upper - upper left (0 beyond the grid), signs folded in (0, -1, 1, -2 ...), first the lowest
+bytes of all numbers, then the second, third and fourth. Labels are a byte each, as differences from the row above.
+`scores` are scores, predicted and true labels, `activations` those of the tiles row by row; each zlib in base64.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model import PPNet, PPNetOutput, SegmentationNet, upsample
+from model import PPNet, PPNetOutput, SegmentationNet
 
 SCORE_STEP = 8e-4
 MAX_BYTES = 1_600_000  # before base64 makes 4 of 3; the photograph comes on top, and all is to stay below 3 MB
@@ -67,15 +70,15 @@ def strongest_prototypes(model: PPNet, distances: Tensor, keep: int) -> list[int
     Among them is, for every pixel, the one that adds most to the class that is predicted there.
     """
     contributions = model.contributions(distances[None])[0]  # (C, P, h, w)
-    size = [(length - 1) * model.output_stride + 1 for length in distances.shape[1:]]
-    predicted = upsample(contributions.sum(1)[None], size)[0].argmax(0)
+    size = [model.grid.length(cells) for cells in distances.shape[1:]]
+    predicted = model.grid.upsample(contributions.sum(1)[None], size)[0].argmax(0)
     strength = torch.zeros(len(distances), device=distances.device)
     kept = []
     for c in predicted.unique():
         strength = torch.maximum(strength, contributions[c].abs().amax((1, 2)))
         least, most = contributions[c].flatten(1).aminmax(dim=1)
         able = (most >= least.max()).nonzero().flatten()  # the others are below one that is never lower
-        strongest = able[upsample(contributions[c, able][None], size)[0].argmax(0)]
+        strongest = able[model.grid.upsample(contributions[c, able][None], size)[0].argmax(0)]
         kept.append(strongest[predicted == c].unique())
     needed = torch.cat(kept).unique()
     strength[needed] = torch.inf
@@ -97,11 +100,12 @@ def pack(
         "width": prediction.shape[1],
         "height": prediction.shape[0],
         "grid": list(scores.shape[1:]),
-        "stride": model.output_stride,
+        "stride": model.grid.stride,
+        "offset": model.grid.offset,
         "scoreStep": SCORE_STEP,
         "scores": base64.b64encode(packed).decode(),
     }
-    if output.distances is None:
+    if output.distances is None or not isinstance(model, PPNet):
         return data | {"tileSide": 1, "tiles": [], "activationSteps": [], "activations": ""}
     distances = output.distances[0]
     values = int(max(0, limit - len(packed)) / BYTES_PER_VALUE)

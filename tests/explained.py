@@ -10,13 +10,15 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import torch
+from torch import nn
 
 from config import config_to_dict
 from dataset import build_dataset
+from grid import Grid
+from inference import Inference, open_model
 from model import PPNet, construct_PPNet
-from module import load_model
 from push import push_prototypes
-from runtime.checkpoint import save_checkpoint
+from runtime.checkpoint import Checkpoint, save_checkpoint
 from tests.tiny import tiny_config
 
 
@@ -30,20 +32,34 @@ def make_checkpoint(path, *overrides, pushed=True, change=lambda state: None):
     if isinstance(model, PPNet):
         torch.nn.init.normal_(model.last_layer.weight)
         if pushed:
-            records = push_prototypes(model, train_set, torch.device("cpu")).records
+            records = push_prototypes(Inference(model, torch.device("cpu")), train_set).records
     state = {
         "config": config_to_dict(config),
+        "stage": "finetune",
         "phase": 2,
         "step": 4,
         "model": dict(model.state_dict()),
-        "prototypes": records,
+        "prototypes": tuple(records),
         "metrics": {"val_miou": 0.5},
-        "class_names": list(train_set.mapping.names),
-        "palette": [list(color) for color in train_set.mapping.palette],
+        "class_names": train_set.mapping.names,
+        "palette": train_set.mapping.palette,
     }
     change(state)
-    save_checkpoint(path, state)
-    return load_model(path)[0]
+    save_checkpoint(path, Checkpoint(**state))
+    return open_model(path).model
+
+
+class Patches(nn.Module):
+    """Features like a patch embedding's: a cell is made of 8 x 8 pixels of its own, so it looks at 8i + 3.5."""
+
+    grid = Grid(8, 3.5)
+
+    def __init__(self, backbone, out_channels, pretrained):
+        super().__init__()
+        self.embed = nn.Conv2d(3, out_channels, 8, stride=8)
+
+    def forward(self, images):
+        return self.embed(images)
 
 
 class Page(HTMLParser):

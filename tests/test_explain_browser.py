@@ -9,9 +9,10 @@ import torch
 
 import explain
 from dataset import build_dataset
+from evaluation.labelling import View, label_image
 from explanation.pixel_data import pack as pixel_pack
-from model import pad_to_grid, upsample
-from tests.explained import make_checkpoint
+from inference import open_model
+from tests.explained import Patches, make_checkpoint
 from tests.tiny import tiny_config
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
@@ -46,28 +47,28 @@ def shown(workdir, browser):
     """A function that opens the page of the first val image, and the model's numbers for it."""
 
     def start(*overrides, place="", change=lambda state: None):
-        model = make_checkpoint("model.pth", *overrides, change=change)
+        make_checkpoint("model.pth", *overrides, change=change)
         explain.main(["--checkpoint", "model.pth", "--out", "out", "--count", "1"])
         browser.get("about:blank")
         browser.get((workdir / "out" / "001-scene-val-00000.html").as_uri() + place)
         wait_for(lambda: panel(browser))
-        return Truth(model, build_dataset(tiny_config(*overrides), "val")[0][0])
+        return Truth(open_model("model.pth").inference, build_dataset(tiny_config(*overrides), "val")[0][0])
 
     return start
 
 
 class Truth:
-    """Of every pixel: scores (C, H, W) and contributions (C, P, H, W), from the model itself."""
+    """Of every pixel: scores (C, H, W), class (H, W) and contributions (C, P, H, W), as the evaluation sees them."""
 
     @torch.no_grad()
-    def __init__(self, model, image):
-        self.height, self.width = image.shape[1:]
-        padded = pad_to_grid(image[None], 0.0)
-        self.scores = model.predict(image[None])[0]
-        distances = model(padded).distances
+    def __init__(self, inference, image):
+        self.height, self.width = size = image.shape[1:]
+        self.scores = inference.logits(image[None])[0]
+        self.classes = label_image(inference, image[None], View())[0][0]
+        distances = inference.output(image[None]).distances
         if distances is not None:
-            contributions = model.contributions(distances)[0]
-            self.contributions = upsample(contributions, padded.shape[2:])[..., : self.height, : self.width]
+            contributions = inference.model.contributions(distances)[0]
+            self.contributions = inference.upsample(contributions, size)
 
 
 def wait_for(condition):
@@ -135,6 +136,37 @@ def test_pixels_under_the_mouse_show_the_models_numbers(shown, browser, override
         found = panel(browser)
         assert (found["x"], found["y"]) == (x, y)
         check(found, truth)
+
+
+def go(browser, x, y):
+    """Follow a link to a pixel; returns what the page says of it."""
+    browser.execute_script("location.hash = arguments[0]", f"#x={x},y={y}")
+    return wait_for(lambda: (panel(browser)["x"], panel(browser)["y"]) == (x, y) and panel(browser))
+
+
+@pytest.mark.parametrize("side", [37, 44, 64])
+@pytest.mark.parametrize("tile", [3, 16])
+def test_a_page_of_patch_features_looks_where_their_cells_look(shown, browser, monkeypatch, side, tile):
+    monkeypatch.setattr("model.DeepLabFeatures", Patches)
+    monkeypatch.setattr("explanation.pixel_data.TILE", tile)
+    monkeypatch.setattr("explanation.image_page.pack", lambda *how: pixel_pack(*how, limit=10**6 if tile == 16 else 0))
+    truth = shown(f"dataset.shapes.image_size={side}")
+    for x, y in [(0, 0), (3, 4), (7, 8), (11, 12), (20, 33), (side - 1, 5), (24, side - 1), (side - 1, side - 1)]:
+        check(go(browser, x, y), truth)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_the_painted_classes_are_those_of_the_evaluation(shown, browser, monkeypatch, precision):
+    monkeypatch.setattr("model.DeepLabFeatures", Patches)
+    truth = shown(f"system.precision={precision}", "dataset.shapes.image_size=133")
+    assert len(truth.classes.unique()) > 2
+    bytes_of = browser.execute_script("""
+        const canvas = document.getElementById("overlay");
+        return [...canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data];""")
+    painted = torch.tensor(bytes_of).view(truth.height, truth.width, 4)[..., None, :3]
+    palette = torch.tensor(build_dataset(tiny_config(), "val").mapping.palette)
+    assert torch.equal((painted - palette).abs().sum(-1).argmin(-1), truth.classes)
+    check(go(browser, 60, 71), truth)
 
 
 def test_a_click_keeps_a_pixel_and_keys_move_on(shown, browser):
@@ -207,12 +239,10 @@ def test_a_pruned_model_with_linear_activation(shown, browser):
 
 def test_where_tiles_keep_some_prototypes_the_numbers_are_the_same(shown, browser, monkeypatch):
     monkeypatch.setattr("explanation.pixel_data.TILE", 3)
-    monkeypatch.setattr("explain.pack", lambda *how: pixel_pack(*how, limit=0))
+    monkeypatch.setattr("explanation.image_page.pack", lambda *how: pixel_pack(*how, limit=0))
     truth = shown("dataset.shapes.image_size=101")
     for x, y in [(0, 0), (23, 24), (24, 24), (50, 71), (100, 100)]:
-        browser.execute_script("location.hash = arguments[0]", f"#x={x},y={y}")
-        wait_for(lambda x=x, y=y: (panel(browser)["x"], panel(browser)["y"]) == (x, y))
-        check(panel(browser), truth)
+        check(go(browser, x, y), truth)
 
 
 def test_the_twin_shows_scores_alone(shown, browser):

@@ -7,14 +7,16 @@ from torch import nn
 
 from explanation import pixel_data
 from explanation.pixel_data import choose_tiles, pack
-from model import PPNet, pad_to_grid, upsample
-from tests.explained import unpack
+from grid import Grid
+from inference import Inference
+from model import PPNet
+from tests.explained import Patches, unpack
 from tests.tiny import tiny_ppnet
 
 
 def packed(model, images, **how):
     """The data of one image (1, 3, H, W), unpacked; the model's output, its prediction and some truth."""
-    output = model(pad_to_grid(images, 0.0))
+    output = model(Grid().pad(images, 0.0))
     prediction = model.predict(images)[0].argmax(0).to(torch.uint8).numpy()
     truth = (prediction + 1) % 3
     return unpack(pack(model, output, prediction, truth, **how)), output, prediction, truth
@@ -31,10 +33,10 @@ class Smooth(nn.Module):
         height, width = ((length - 1) // 8 + 1 for length in images.shape[2:])
         generator = torch.Generator().manual_seed(self.seed)
         regions = torch.randn(1, 24, height // 8 + 2, width // 8 + 2, generator=generator)
-        share = (8 * upsample(regions, (height, width))).softmax(1)
+        share = (8 * Grid().upsample(regions, (height, width))).softmax(1)
         centres = torch.randn(24, self.depth, generator=generator)
         noise = torch.randn(1, self.depth, height // 2 + 1, width // 2 + 1, generator=generator)
-        return torch.einsum("brhw,rd->bdhw", share, centres) + 0.15 * upsample(noise, (height, width))
+        return torch.einsum("brhw,rd->bdhw", share, centres) + 0.15 * Grid().upsample(noise, (height, width))
 
 
 def smooth_model(count=190, classes=19, **how):
@@ -83,14 +85,31 @@ def test_where_not_all_fit_the_strongest_prototype_is_kept_at_every_pixel():
     side, tiles = choose_tiles(model, output.distances[0], values=3 * 39 * 51)
     assert side == pixel_data.TILE and len(tiles) == 3 * 4
     assert sum(len(tile.prototypes) for tile in tiles) / len(tiles) < 30  # some were left out
-    prediction = upsample(output.logits, images.shape[2:])[0].argmax(0)
+    prediction = Grid().upsample(output.logits, images.shape[2:])[0].argmax(0)
     contributions = model.contributions(output.distances)[0]  # (C, P, h, w)
-    strongest = torch.stack([upsample(c[None], images.shape[2:])[0].argmax(0) for c in contributions])
+    strongest = torch.stack([Grid().upsample(c[None], images.shape[2:])[0].argmax(0) for c in contributions])
     strongest = strongest.gather(0, prediction[None])[0]  # (H, W)
     for tile in tiles:
         top, left = tile.rows.start * 8, tile.columns.start * 8
         found = strongest[top : top + 8 * side + 1, left : left + 8 * side + 1].unique().tolist()
         assert set(found) <= set(tile.prototypes)
+
+
+@torch.no_grad()
+def test_tiles_of_patch_features_keep_the_strongest_prototype_of_every_pixel():
+    model = PPNet(Patches("", 5, ""), (40, 5, 1, 1), 4).eval()
+    torch.nn.init.normal_(model.last_layer.weight)
+    images = torch.randn(1, 3, 270, 301)
+    inference = Inference(model, torch.device("cpu"))
+    output = inference.output(images)
+    side, tiles = choose_tiles(model, output.distances[0], values=0)
+    contributions = inference.upsample(model.contributions(output.distances)[0], (270, 301))  # (C, P, H, W)
+    strongest = contributions.argmax(1).gather(0, inference.label(images))[0]
+    places = torch.arange(301).sub(3.5).div(8)  # of a pixel among the cells
+    for tile in tiles:
+        rows, columns = ((places >= part.start - (part.start == 0)) & (places <= part.stop) for part in tile[:2])
+        found = strongest[rows[:270]][:, columns].unique().tolist()
+        assert set(found) <= set(tile.prototypes) and len(tile.prototypes) < 40
 
 
 @torch.no_grad()
@@ -109,7 +128,7 @@ def test_cityscapes_at_full_size_stays_below_its_limit():
     model = smooth_model()
     images = torch.zeros(1, 3, 1025, 2049)
     output = model(images)
-    prediction = upsample(output.logits, images.shape[2:])[0, :, :1024, :2048].argmax(0).to(torch.uint8).numpy()
+    prediction = Grid().upsample(output.logits, images.shape[2:])[0, :, :1024, :2048].argmax(0).to(torch.uint8).numpy()
     data = pack(model, output, prediction, prediction)
     assert len(set(prediction.ravel().tolist())) > 10
     assert min(len(kept) for kept in data["tiles"]) >= 8

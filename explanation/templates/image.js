@@ -1,7 +1,7 @@
 "use strict";
 (async () => {
   const page = JSON.parse(document.getElementById("data").textContent);
-  const {width, height, stride, classes, prototypes, weights} = page;
+  const {width, height, stride, offset, classes, prototypes, weights} = page;
   const [rows, columns] = page.grid;
   const why = document.querySelector(".why");
   const canvas = document.getElementById("overlay");
@@ -68,10 +68,16 @@
     return sum;
   }
 
+  // along a side: the cell before a pixel, and how far the pixel is on the way to the next; beyond the outermost
+  // centres (where there is an offset) it is at them
+  function between(pixel, cells) {
+    const place = Math.max(0, Math.min(cells - 1, (pixel - offset) / stride));
+    const cell = Math.min(Math.floor(place), Math.max(cells - 2, 0));
+    return [cell, place - cell];
+  }
+
   function explain(x, y) {
-    const row = Math.min(Math.floor(y / stride), Math.max(rows - 2, 0));
-    const column = Math.min(Math.floor(x / stride), Math.max(columns - 2, 0));
-    const down = y / stride - row, right = x / stride - column;
+    const [row, down] = between(y, rows), [column, right] = between(x, columns);
     const square = [
       [row, column, (1 - down) * (1 - right)], [row, column + 1, (1 - down) * right],
       [row + 1, column, down * (1 - right)], [row + 1, column + 1, down * right],
