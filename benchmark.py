@@ -26,8 +26,10 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,8 +41,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import Config, TrainingConfig, load_config
-from dataset import CityscapesDataset, StepSampler, TrainingSamples, TrainTransform, train_batches
-from grid import IGNORE
+from datasets.batches import StepSampler, TrainingSamples, TrainTransform, train_batches
+from datasets.cityscapes import CityscapesDataset
+from grid import IGNORE, Grid
+from inference import Inference
 from losses import diversity_loss
 from model import SegmentationNet, construct_PPNet
 from module import TrainingModule
@@ -49,11 +53,12 @@ from runtime.command import add_config_arguments, run
 from runtime.device import choose_device
 from runtime.errors import ConfigError
 
-Row = dict[str, float | str]
+Row = dict[str, Any]  # text and numbers by the name of their column
 WHOLE_IMAGE = (1024, 2048)  # of Cityscapes
+NEVER = 10**6  # steps: more than are ever measured
 
 
-def measure(work: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
+def measure(work: Mapping[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
     """Median seconds of each piece of work; one repetition runs all of them, so that drift meets all alike."""
     times: dict[str, list[float]] = {name: [] for name in work}
     for repetition in range(repeats + 1):
@@ -77,7 +82,7 @@ def _seconds(function: Callable[[], object], device: torch.device) -> float:
     return start.elapsed_time(end) / 1000
 
 
-def compare(work: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> list[Row]:
+def compare(work: Mapping[str, Callable[[], object]], device: torch.device, repeats: int) -> list[Row]:
     """A row per piece of work: milliseconds, and how many times as long as the first one takes."""
     seconds = measure(work, device, repeats)
     base = next(iter(seconds.values()))
@@ -114,7 +119,7 @@ def bench_diversity(config: Config, device: torch.device, repeats: int) -> list[
     own_device = prototype_class.to(device)
     return compare(
         {
-            "diversity_loss": lambda: diversity_loss(distances, labels, prototype_class).backward(),
+            "diversity_loss": lambda: diversity_loss(distances, labels, prototype_class).value.backward(),
             "loop over pairs": lambda: naive_diversity(distances, labels, own_device).backward(),
         },
         device,
@@ -125,15 +130,16 @@ def bench_diversity(config: Config, device: torch.device, repeats: int) -> list[
 # --- push ------------------------------------------------------------------------------------------------------
 
 
-def naive_push(distances: np.ndarray, labels: np.ndarray, prototype_class: np.ndarray, stride: int = 8) -> np.ndarray:
-    """The nearest own-class cell of each prototype in one image, by a loop over all label pixels."""
+def naive_push(distances: np.ndarray, labels: np.ndarray, prototype_class: np.ndarray) -> np.ndarray:
+    """The nearest own-class cell of each prototype in one image, by a loop over all label pixels, as published."""
+    height, width = (pixels / cells for pixels, cells in zip(labels.shape, distances.shape[1:], strict=True))
     members = {c: np.flatnonzero(prototype_class == c) for c in np.unique(prototype_class)}
     best = np.full(len(prototype_class), np.inf)
     for y in range(labels.shape[0]):
         for x in range(labels.shape[1]):
             own = members.get(labels[y, x])
             if own is not None:
-                best[own] = np.minimum(best[own], distances[own, y // stride, x // stride])
+                best[own] = np.minimum(best[own], distances[own, int(y / height), int(x / width)])
     return best
 
 
@@ -143,7 +149,7 @@ def bench_push(config: Config, device: torch.device, repeats: int) -> list[Row]:
     distances = torch.rand(1, 190, 129, 257, generator=generator)
     blocks = torch.randint(0, 19, (1, 16, 32), generator=generator)
     pixels = blocks.repeat_interleave(64, 1).repeat_interleave(64, 2)
-    cells = torch.nn.functional.pad(pixels, (0, 1, 0, 1), value=IGNORE)[:, ::8, ::8].to(device)
+    cells = Grid().labels(pixels, distances.shape[2:]).to(device)
     prototype_class = torch.arange(190) // 10
     here, classes = distances.to(device), prototype_class.to(device)
     arrays = distances[0].numpy(), pixels[0].numpy(), prototype_class.numpy()
@@ -175,7 +181,7 @@ def _random(config: Config, **model) -> Config:
 
 def _tame(model: SegmentationNet) -> SegmentationNet:
     """Make a randomly initialized network with frozen statistics finite: each residual branch starts at zero."""
-    for block in model.features.backbone.modules():
+    for block in model.features.get_submodule("backbone").modules():
         for name in ("bn3", "bn2"):
             if hasattr(block, name):
                 torch.nn.init.zeros_(getattr(block, name).weight)
@@ -183,8 +189,13 @@ def _tame(model: SegmentationNet) -> SegmentationNet:
     return model
 
 
-def _module(config: Config, device: torch.device, phase: int) -> TrainingModule:
+def _module(config: Config, device: torch.device, phase: int, iter_size: int = NEVER) -> TrainingModule:
+    """At the start of a phase that does not end, with an update every iter_size steps."""
     torch.manual_seed(0)
+    endless = tuple(dataclasses.replace(p, steps=NEVER) for p in config.training.phases)
+    config = dataclasses.replace(
+        config, training=dataclasses.replace(config.training, phases=endless, iter_size=iter_size)
+    )
     module = TrainingModule(config, _tame(construct_PPNet(config.model, load_pretrained=False)), device)
     module.begin_phase(phase)
     return module
@@ -232,24 +243,24 @@ def bench_step(config: Config, device: torch.device, repeats: int) -> list[Row]:
     heads = {"twin (linear head)": "linear", "prototype model": "prototype"}
 
     def update(head: str) -> Callable[[], object]:
-        module = _module(_random(config, head=head), device, phase)
-        return lambda: _step(module, images, labels, config.training.iter_size - 1)
+        module = _module(_random(config, head=head), device, phase, iter_size=1)
+        return lambda: module.training_step(images, labels)
 
-    peaks = {name: _peak_memory(lambda head=head: update(head), device) for name, head in heads.items()}
+    peaks = {name: _peak_memory(partial(update, head), device) for name, head in heads.items()}
     twin, prototype = (_module(_random(config, head=head), device, phase) for head in heads.values())
-    backbone = twin.model.features.backbone
+    backbone = twin.model.features.get_submodule("backbone")
     on_device = images.to(device, memory_format=torch.channels_last)
 
     def backbone_alone():
-        with twin.autocast():
+        with twin.inference.autocast():
             features = backbone(on_device)
         features.float().mean().backward()
         backbone.zero_grad(set_to_none=True)
 
     rows = compare(
         {
-            "twin (linear head)": lambda: _step(twin, images, labels),
-            "prototype model": lambda: _step(prototype, images, labels),
+            "twin (linear head)": lambda: twin.training_step(images, labels),
+            "prototype model": lambda: prototype.training_step(images, labels),
             "backbone alone": backbone_alone,
         },
         device,
@@ -257,13 +268,9 @@ def bench_step(config: Config, device: torch.device, repeats: int) -> list[Row]:
     )
     rows = [{**row, "images/s": 1000 * len(images) / row["ms"], **peaks.get(row["what"], {})} for row in rows]
     step = rows[1]  # of the prototype model
-    step |= _rate(lambda: _step(prototype, images, labels), step["ms"], device, repeats, prototype.use_bfloat16)
+    is_bfloat16 = prototype.inference.is_bfloat16
+    step |= _rate(lambda: prototype.training_step(images, labels), step["ms"], device, repeats, is_bfloat16)
     return rows
-
-
-def _step(module: TrainingModule, images: Tensor, labels: Tensor, number: int = 0) -> None:
-    module.step = number  # set each time, so that the schedule never ends
-    module.training_step(images, labels)
 
 
 def bench_phases(config: Config, device: torch.device, repeats: int) -> list[Row]:
@@ -273,8 +280,7 @@ def bench_phases(config: Config, device: torch.device, repeats: int) -> list[Row
     images, labels = _batch(config, config.dataset.crop_size)
     first = _module(_random(config), device, order[0])
     modules = {phases[i].name: _same_weights(first, config, device, i) for i in order}
-    work = {name: (lambda m=module: _step(m, images, labels)) for name, module in modules.items()}
-    rows = compare(work, device, repeats)
+    rows = compare({name: partial(m.training_step, images, labels) for name, m in modules.items()}, device, repeats)
     return [{**row, "images/s": 1000 * len(images) / row["ms"]} for row in rows]
 
 
@@ -293,11 +299,17 @@ def bench_batches(config: Config, device: torch.device, repeats: int) -> list[Ro
 
     def updates(setting: TrainingConfig) -> Callable[[], object]:
         changed = dataclasses.replace(config, training=setting)
-        module, batch = _module(_random(changed), device, phase), _batch(changed, config.dataset.crop_size)
-        return lambda: [_step(module, *batch, number) for number in range(setting.iter_size)]
+        module = _module(_random(changed), device, phase, setting.iter_size)
+        batch = _batch(changed, config.dataset.crop_size)
+
+        def update() -> None:
+            for _ in range(setting.iter_size):
+                module.training_step(*batch)
+
+        return update
 
     settings = {f"batch_size {s.batch_size}, iter_size {s.iter_size}": s for s in (training, large)}
-    peaks = {name: _peak_memory(lambda s=setting: updates(s), device) for name, setting in settings.items()}
+    peaks = {name: _peak_memory(partial(updates, setting), device) for name, setting in settings.items()}
     rows = compare({name: updates(setting) for name, setting in settings.items()}, device, repeats)
     return [{**row, "images/s": 1000 * large.batch_size / row["ms"], **peaks[row["what"]]} for row in rows]
 
@@ -306,11 +318,11 @@ def bench_profile(config: Config, device: torch.device, repeats: int) -> list[Ro
     """Where the joint step spends its time: operations by their own time on the device, the first 20."""
     images, labels = _batch(config, config.dataset.crop_size)
     module = _module(_random(config), device, _joint(config))
-    _step(module, images, labels)
+    module.training_step(images, labels)
     on_cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]) as profiled:
         for _ in range(repeats):
-            _step(module, images, labels)
+            module.training_step(images, labels)
     times = {
         event.key: (event.self_device_time_total if on_cuda else event.self_cpu_time_total, event.count)
         for event in profiled.key_averages()
@@ -330,20 +342,19 @@ def bench_evaluate(config: Config, device: torch.device, repeats: int) -> list[R
     image = torch.randn(1, 3, *WHOLE_IMAGE, generator=torch.Generator().manual_seed(0))
     image = image.to(device, memory_format=torch.channels_last)
 
-    def on_image(head: str, work: Callable[[SegmentationNet], Tensor]) -> Callable[[], Tensor]:
-        module = _module(_random(config, head=head), device, _joint(config))
-        module.model.eval()
+    def backbone_alone(inference: Inference) -> Tensor:
+        with inference.autocast():
+            return inference.model.features.get_submodule("backbone")(image)
 
-        def under_autocast() -> Tensor:
-            with module.autocast():
-                return work(module.model)
-
-        return under_autocast
+    def on_image(head: str, work: Callable[[Inference], Tensor]) -> Callable[[], Tensor]:
+        inference = _module(_random(config, head=head), device, _joint(config)).inference
+        inference.model.eval()
+        return lambda: work(inference)
 
     makers = {
-        "twin (linear head)": lambda: on_image("linear", lambda model: model.predict(image).argmax(1)),
-        "prototype model": lambda: on_image("prototype", lambda model: model.predict(image).argmax(1)),
-        "backbone alone": lambda: on_image("linear", lambda model: model.features.backbone(image)),
+        "twin (linear head)": lambda: on_image("linear", lambda inference: inference.label(image)),
+        "prototype model": lambda: on_image("prototype", lambda inference: inference.label(image)),
+        "backbone alone": lambda: on_image("linear", backbone_alone),
     }
     peaks = {name: _peak_memory(make, device) for name, make in makers.items()}
     rows = compare({name: make() for name, make in makers.items()}, device, repeats)
@@ -369,13 +380,13 @@ def bench_loader(config: Config, device: torch.device, repeats: int) -> list[Row
         data = dataclasses.replace(config.dataset, name="cityscapes", root=folder)
         _write_pair(Path(folder))
         samples = TrainingSamples(CityscapesDataset(data, "train"), TrainTransform(config.dataset), 0, 0)
-        image, label = samples.dataset.paths(0)
+        files = [path for path in samples.dataset.paths(0) if path is not None]
         cached = TrainingSamples(CityscapesDataset(data, "train"), TrainTransform(config.dataset), 0, 0)
         cached.dataset.keep_decoded()
         epochs = iter(range(10_000))
         rows = compare(
             {
-                "decode both files": lambda: [Image.open(path).load() for path in (image, label)],
+                "decode both files": lambda: [Image.open(path).load() for path in files],
                 "training sample": lambda: samples[next(epochs), 0],
                 "training sample from the cache": lambda: cached[next(epochs), 0],
             },
@@ -392,8 +403,7 @@ def bench_loader(config: Config, device: torch.device, repeats: int) -> list[Row
 
 def _samples_per_second(samples: TrainingSamples, workers: int, count: int) -> float:
     warmup = 1 + 2 * workers  # until every worker has started, and its first batches are taken
-    sampler = StepSampler(len(samples.dataset), 1, 0, 0)
-    sampler.first, sampler.last = 0, warmup + count
+    sampler = StepSampler(len(samples.dataset), 1, 0, 0, last=warmup + count)
     batches = train_batches(samples, sampler, workers)
     for _ in range(warmup):
         next(batches)
@@ -460,7 +470,7 @@ def _cell(value: float | str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Run one command and print its table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("command", choices=COMMANDS)
     add_config_arguments(parser)
     parser.add_argument("--repeats", type=int, default=5, help="repetitions after the warm-up (default: %(default)s)")
@@ -469,7 +479,7 @@ def main(argv: list[str] | None = None) -> None:
     config = load_config(arguments.config, arguments.overrides)
     device = choose_device(config.system.device)
     rows = COMMANDS[arguments.command](config, device, arguments.repeats)
-    summary = COMMANDS[arguments.command].__doc__.splitlines()[0]
+    summary = (COMMANDS[arguments.command].__doc__ or "").split("\n")[0]
     print(f"{arguments.command}: {summary}\n{machine(device)}")
     print_table(rows)
     if arguments.json:

@@ -19,13 +19,16 @@ import torch
 from torch import nn
 
 from config import Config, DatasetConfig, LearningRates, ModelConfig, PhaseConfig, TrainingConfig, config_to_dict
-from dataset import StepSampler, TrainingSamples, TrainTransform, build_dataset, train_batches
-from explanation.pictures import draw_prototypes
-from model import PPNet, construct_PPNet, pad_to_grid, upsample
-from module import TrainingModule, load_model
+from dataset import build_dataset
+from datasets.batches import StepSampler, TrainingSamples, TrainTransform, train_batches
+from explanation.prototype_pictures import draw_prototypes
+from inference import open_model
+from model import PPNet, construct_PPNet
+from module import TrainingModule
 from push import push_prototypes
-from runtime.checkpoint import save_checkpoint
+from runtime.checkpoint import Checkpoint, save_checkpoint
 from runtime.command import run
+from runtime.files import OutputFolder
 
 STEPS = 6
 ALL = LearningRates(backbone=1e-3, add_on=1e-3, prototypes=1e-3, last_layer=1e-3)
@@ -58,10 +61,9 @@ def dummy_model() -> str:
 
 def train_phase(module: TrainingModule, dataset, phase: int) -> str:
     """A few steps of one phase; what it does not train stays as it is."""
-    _expect(module.begin_phase(phase), "the phase trains something")
+    _expect(module.begin_phase(phase) is not None, "the phase trains something")
     before = {name: p.detach().clone() for name, p in module.model.named_parameters()}
-    sampler = StepSampler(len(dataset), 2, seed=0, phase=phase)
-    sampler.last = STEPS
+    sampler = StepSampler(len(dataset), 2, seed=0, phase=phase, last=STEPS)
     samples = TrainingSamples(dataset, TrainTransform(CONFIG.dataset), seed=0, phase=phase)
     for images, labels in train_batches(samples, sampler, num_workers=0):
         module.training_step(images, labels)
@@ -73,12 +75,12 @@ def train_phase(module: TrainingModule, dataset, phase: int) -> str:
 
 def explain_pixel(model: PPNet, dataset, x: int = 40, y: int = 90) -> str:
     """The class of a pixel as the sum of what the prototypes contribute."""
-    image = pad_to_grid(dataset[0][0][None], 0.0)
+    image = model.grid.pad(dataset[0][0][None], 0.0)
     with torch.no_grad():
         logits = model.predict(image)[0, :, y, x]
         winner = int(logits.argmax())
         shares = model.contributions(model(image).distances)[:, winner]
-        shares = upsample(shares, image.shape[2:])[0, :, y, x]
+        shares = model.grid.upsample(shares, image.shape[2:])[0, :, y, x]
     _expect(torch.allclose(shares.sum(), logits[winner], atol=1e-3), "contributions add up to the logit")
     best = int(shares.argmax())
     names = dataset.mapping.names
@@ -97,21 +99,22 @@ def parts(folder: Path) -> Iterator[tuple[str, str]]:
     module = TrainingModule(CONFIG, construct_PPNet(CONFIG.model), torch.device("cpu"))
     yield "warmup", train_phase(module, train_set, 0)
     yield "joint", train_phase(module, train_set, 1)
-    report = push_prototypes(module.model, train_set, module.device)
+    report = push_prototypes(module.inference, train_set)
     yield "push", f"{len(report.records)} prototypes are patches now, {report.merged} duplicates merged"
-    draw_prototypes(module.model, train_set, report.records, folder / "prototypes")
+    draw_prototypes(module.inference, train_set, report.records, OutputFolder(folder / "prototypes"))
     yield "pictures", f"{len(list((folder / 'prototypes').glob('*.png')))} pictures drawn"
     yield "finetune", train_phase(module, train_set, 2)
-    yield "validation", f"mIoU {module.validate(val_set).summary()['miou']:.3f} on scenes that were not trained on"
+    miou = module.inference.validate(val_set).summary()["miou"]
+    yield "validation", f"mIoU {miou:.3f} on scenes that were not trained on"
     yield "save and load", save_and_load(module, folder / "model.pth")
-    yield "explanation", explain_pixel(module.model.eval(), train_set)
+    yield "explanation", explain_pixel(module.inference.ppnet.eval(), train_set)
 
 
 def save_and_load(module: TrainingModule, path: Path) -> str:
     """A checkpoint gives back the same predictions."""
     model = module.model.eval()
-    save_checkpoint(path, {"config": config_to_dict(CONFIG), "phase": 2, "step": STEPS, "model": model.state_dict()})
-    loaded, _, _ = load_model(path)
+    save_checkpoint(path, Checkpoint(config_to_dict(CONFIG), "finetune", 2, STEPS, dict(model.state_dict())))
+    loaded = open_model(path, ["system.device=cpu"]).model
     image = torch.rand(1, 3, 65, 65).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         _expect(torch.equal(loaded.predict(image), model.predict(image)), "loaded equals saved")

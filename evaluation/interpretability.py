@@ -9,13 +9,16 @@ N cells, C classes, P prototypes, k neighbours or removals. Metrics that need pa
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from grid import IGNORE
 from losses import class_pairs, pair_similarities
 from model import PPNet
-from push import nearer, neighbours_of_all, no_neighbours
+from push import Neighbours
 from runtime import distributed
 
 NOISE = 0.2  # standard deviation of the noise on the normalized image (Huang et al., ICCV 2023, and ScaleProtoSeg)
@@ -47,18 +50,16 @@ def nearest_agreement(distances: Tensor, prototype_class: Tensor, classes: Tenso
     return agree.cumsum(1) / torch.arange(1, k + 1, device=agree.device)
 
 
-def deletion_curve(activations: Tensor, weight: Tensor, classes: Tensor, order: Tensor) -> Tensor:
-    """Probability of each cell's class after the first 0, 1, .. k prototypes of `order` were removed.
+def deletion_curve(logits: Tensor, removed: Iterable[Tensor], classes: Tensor) -> Tensor:
+    """Probability of each cell's class after the first 0, 1, .. k of its prototypes were removed.
 
-    activations (N, P), weight (C, P), classes (N,), order (N, k) indices -> (N, k + 1), 0..1. To remove a prototype
-    is to take its column out of the last layer. Faithful explanations fall faster than random orders.
+    logits (N, C); removed: for each of the k prototypes what it adds to them, (N, C); classes (N,) -> (N, k + 1), 0..1.
+    To remove a prototype is to take away what it adds. Faithful explanations fall faster than random orders.
     Source: the deletion metric of Petsiuk et al., "RISE" (BMVC 2018), on prototypes instead of pixels.
     """
-    logits = activations @ weight.T
     curve = [logits]
-    for removed in order.T:
-        logits = logits - weight.T[removed] * activations.gather(1, removed[:, None])
-        curve.append(logits)
+    for added in removed:
+        curve.append(curve[-1] - added)
     index = classes[:, None]
     return torch.cat([step.softmax(1).gather(1, index) for step in curve], dim=1)
 
@@ -79,6 +80,34 @@ def zero_connections(weight: Tensor, prototype_class: Tensor) -> float:
     return float((weight == 0)[is_other].float().mean())
 
 
+@dataclass
+class Sums:
+    """What adds up over cells, images and processes: all of it is summed whole."""
+
+    cells: Tensor  # how many there were
+    explaining: Tensor  # prototypes that explain them, see `explaining_count`
+    unchanged: Tensor  # cells whose largest contributor stays the same under noise
+    top: Tensor  # (P,) cells at which a prototype contributes most
+    agreement: Tensor  # (depth,) see `nearest_agreement`
+    deleted: Tensor  # (2, depth + 1) see `deletion_curve`: the largest contributors first, and in a random order
+    similarity: Tensor  # of each pair of a class, as in `losses.class_pairs`, over images
+    pairs_seen: Tensor  # in so many images
+
+    @classmethod
+    def zero(cls, prototypes: int, depth: int, pairs: torch.Size, device: torch.device) -> Sums:
+        """Nothing seen yet. depth: as far as the curves go."""
+        counts = {"cells": (), "explaining": (), "unchanged": (), "top": (prototypes,), "pairs_seen": pairs}
+        shares = {"agreement": (depth,), "deleted": (2, depth + 1), "similarity": pairs}
+        zeros = {name: torch.zeros(shape, dtype=torch.int64, device=device) for name, shape in counts.items()}
+        zeros |= {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shares.items()}
+        return cls(**zeros)
+
+    def merge(self) -> None:
+        """Add up what the processes of a run have seen; all of them have to call it."""
+        for values in vars(self).values():
+            distributed.all_reduce(values)
+
+
 class Explanations:
     """All of the above over a data set: `update` with each image, then `summary`."""
 
@@ -87,15 +116,10 @@ class Explanations:
         count, device = len(model.prototype_class), model.prototype_class.device
         self.class_on_cpu = model.prototype_class.cpu()
         self.depth = int(self.class_on_cpu.bincount().max())  # as far as the curves go: the prototypes of a class
-        self.neighbours = no_neighbours(count, NEIGHBOURS, device)
-        self.cells, self.explaining, self.unchanged = torch.zeros(3, dtype=torch.int64, device=device)
-        self.top = torch.zeros(count, dtype=torch.int64, device=device)
-        self.agreement = torch.zeros(self.depth, dtype=torch.float64, device=device)
-        self.deleted = torch.zeros(2, self.depth + 1, dtype=torch.float64, device=device)
+        self.neighbours = Neighbours.none(count, NEIGHBOURS, 0, device)
         pairs = class_pairs(self.class_on_cpu, device)
         self.pairs = pairs.pairs
-        self.pair_sums = torch.zeros(pairs.exist.shape, dtype=torch.float64, device=device)
-        self.pair_counts = torch.zeros(pairs.exist.shape, dtype=torch.int64, device=device)
+        self.sums = Sums.zero(count, self.depth, pairs.exist.shape, device)
 
     @torch.no_grad()
     def update(self, index: int, distances: Tensor, noisy_distances: Tensor, cells: Tensor) -> None:
@@ -103,44 +127,48 @@ class Explanations:
 
         Only labelled cells count. The random order of removal is a function of `index`.
         """
-        self.neighbours = nearer(self.neighbours, distances, cells, index)
+        self.neighbours = self.neighbours.updated(index, distances, cells)
         similarity, has_pairs, _ = pair_similarities(distances, cells, self.class_on_cpu)
-        self.pair_sums += (similarity * has_pairs).double().sum(0)
-        self.pair_counts += has_pairs.sum(0)
+        self.sums.similarity += (similarity * has_pairs).double().sum(0)
+        self.sums.pairs_seen += has_pairs.sum(0)
         counted = cells.flatten() != IGNORE
         table, noisy = (d[0].flatten(1).T[counted] for d in (distances, noisy_distances))  # (N, P)
         generator = torch.Generator().manual_seed(index)
         for part, noisy_part in zip(table.split(CHUNK), noisy.split(CHUNK), strict=True):
             random_order = torch.rand(part.shape, generator=generator).topk(self.depth, dim=1).indices
             self._add_cells(part, noisy_part, random_order.to(part.device))
-        self.cells += len(table)
+        self.sums.cells += len(table)
 
     def _add_cells(self, distances: Tensor, noisy_distances: Tensor, random_order: Tensor) -> None:
-        weight, activations = self.model.last_layer.weight, self.model.activations(distances)
-        classes = (activations @ weight.T).argmax(1)
-        contributed = self._contributions(distances, classes)
+        table, sums = _as_image(distances), self.sums
+        logits = self._logits(table)
+        classes = logits.argmax(1)
+        contributed = self._contributions(table, classes)
         largest, top = contributed.max(1)
-        self.top += top[largest > 0].bincount(minlength=len(self.top))
-        self.explaining += explaining_count(contributed).sum()
-        self.unchanged += (top == self._top_prototypes(noisy_distances)).sum()
-        self.agreement += nearest_agreement(distances, self.model.prototype_class, classes, self.depth).sum(0)
+        sums.top += top[largest > 0].bincount(minlength=len(sums.top))
+        sums.explaining += explaining_count(contributed).sum()
+        sums.unchanged += (top == self._top_prototypes(noisy_distances)).sum()
+        sums.agreement += nearest_agreement(distances, self.model.prototype_class, classes, self.depth).sum(0)
         for which, order in enumerate((contributed.topk(self.depth, dim=1).indices, random_order)):
-            self.deleted[which] += deletion_curve(activations, weight, classes, order).sum(0)
+            removed = (self.model.contributions_of(table, p[None, :, None])[0, :, :, 0].T for p in order.T)
+            sums.deleted[which] += deletion_curve(logits, removed, classes).sum(0)
 
     def _top_prototypes(self, distances: Tensor) -> Tensor:
-        weight, activations = self.model.last_layer.weight, self.model.activations(distances)
-        return self._contributions(distances, (activations @ weight.T).argmax(1)).argmax(1)
+        table = _as_image(distances)
+        return self._contributions(table, self._logits(table).argmax(1)).argmax(1)
 
-    def _contributions(self, distances: Tensor, classes: Tensor) -> Tensor:
-        """`PPNet.contributions` of a list of cells: (N, P), (N,) -> (N, P)."""
-        return self.model.contributions(distances[..., None, None], classes[:, None, None])[..., 0, 0]
+    def _logits(self, table: Tensor) -> Tensor:
+        """Logits of a list of cells: distances (1, P, N, 1) -> (N, C)."""
+        return self.model.class_logits(self.model.evidence(self.model.activations(table)))[0, :, :, 0].T
+
+    def _contributions(self, table: Tensor, classes: Tensor) -> Tensor:
+        """`PPNet.contributions_to` of a list of cells: distances (1, P, N, 1), (N,) -> (N, P)."""
+        return self.model.contributions_to(table, classes[None, :, None])[0, :, :, 0].T
 
     def merge(self) -> None:
         """Add up what the processes of a run have seen; all of them have to call it."""
-        self.neighbours = neighbours_of_all(self.neighbours)
-        counts = (self.cells, self.explaining, self.unchanged, self.top, self.pair_counts)
-        for sums in (*counts, self.agreement, self.deleted, self.pair_sums):
-            distributed.all_reduce(sums)
+        self.neighbours = self.neighbours.of_all_processes()
+        self.sums.merge()
 
     def summary(self) -> dict | None:
         """The metrics as plain numbers and lists; None without a labelled cell.
@@ -161,23 +189,29 @@ class Explanations:
         deletion       mean probability of the predicted class after 0, 1, .. removals, `top` and `random`
         faithfulness   mean gap between the two curves: above 0, the named prototypes matter more than random ones
         """
-        if not self.cells:
+        sums, model = self.sums, self.model
+        if not sums.cells:
             return None
-        purity = class_purity(self.neighbours.label, self.model.prototype_class)
-        top_curve, random_curve = self.deleted / self.cells
-        pair_means = self.pair_sums / self.pair_counts  # NaN where the class never occurs
+        purity = class_purity(self.neighbours.label, model.prototype_class)
+        top_curve, random_curve = sums.deleted / sums.cells
+        pair_means = sums.similarity / sums.pairs_seen  # NaN where the class never occurs
         return {
-            "prototypes": len(self.top),
-            "used": float((self.top > 0).double().mean()),
-            "unused": (self.top == 0).nonzero().flatten().tolist(),
+            "prototypes": len(sums.top),
+            "used": float((sums.top > 0).double().mean()),
+            "unused": (sums.top == 0).nonzero().flatten().tolist(),
             "purity": float(purity.mean()),
             "impure": (purity < 0.5).nonzero().flatten().tolist(),
-            "similarity": float(self.pair_sums.sum() / self.pair_counts.sum().clamp(min=1)),
+            "similarity": float(sums.similarity.sum() / sums.pairs_seen.sum().clamp(min=1)),
             "duplicates": self.pairs[pair_means > ALIKE].tolist(),
-            "explaining": float(self.explaining / self.cells),
-            "zeros": zero_connections(self.model.last_layer.weight, self.model.prototype_class),
-            "agreement": (self.agreement / self.cells).tolist(),
-            "stability": float(self.unchanged / self.cells),
+            "explaining": float(sums.explaining / sums.cells),
+            "zeros": zero_connections(model.last_layer.weight, model.prototype_class),
+            "agreement": (sums.agreement / sums.cells).tolist(),
+            "stability": float(sums.unchanged / sums.cells),
             "deletion": {"top": top_curve.tolist(), "random": random_curve.tolist()},
             "faithfulness": float((random_curve - top_curve)[1:].mean()),
         }
+
+
+def _as_image(cells: Tensor) -> Tensor:
+    """A list of cells (N, P) as an image of one column, (1, P, N, 1): what the model takes."""
+    return cells.T[None, :, :, None]

@@ -1,24 +1,62 @@
-"""What an evaluation found, as JSON, as a table on the console, and as a page that needs nothing but itself."""
+"""What an evaluation found, as JSON, as a table on the console, and as a page that needs nothing but itself.
+
+A report says what it is of (`SUBJECT`): the weights, the settings and the data. Only a report of the same takes its
+place; one of anything else gets another name.
+"""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
+import itertools
+import json
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
-from markupsafe import Markup
+import torch
 from PIL import Image
 from torch import Tensor
 
-from dataset import SegmentationDataset
+from config import config_to_dict
+from datasets.base import SegmentationDataset
+from explanation import pages
 from explanation.pictures import fit, overlay
+from inference import SavedModel
 from metrics import ConfusionMatrix, bootstrap_difference
 from runtime.errors import ConfigError
+from runtime.files import replacing
+from runtime.provenance import provenance
+
+
+def percent(value: float | None, sign: str = "") -> str:
+    """A share as a percentage with one digit, or "-" where there is none."""
+    return "-" if value is None else f"{100 * value:{sign}.1f}"
+
+
+# Key in `Explanations.summary` or `PartMetrics.summary`, name, how its value is shown, what it means.
+METRICS: tuple[tuple[str, str, Callable[[Any], str], str], ...] = (
+    ("used", "used", percent, "% of {prototypes} prototypes; never the first reason: {unused}"),
+    ("purity", "purity", percent, "% of the nearest patches have the class; less than half: {impure}"),
+    ("similarity", "similarity", "{:.3f}".format,
+     "between prototypes of a class (1: the same); duplicates: {duplicates}"),
+    ("explaining", "sparsity", "{:.1f}".format, "prototypes make up 95 % of a decision"),
+    ("zeros", "zeros", percent, "% of the connections to other classes"),
+    ("agreement", "agreement", lambda shares: percent(shares[0]),
+     "% of nearest prototypes have the predicted class; of the {depth} nearest {last} %"),
+    ("stability", "stability", percent, "% of cells keep their first reason under noise"),
+    ("faithfulness", "faithfulness", "{:+.3f}".format, "probability lost with the first reasons, beyond random ones"),
+    ("consistency", "consistency", percent, "% of prototypes hit the same part of their object"),
+    ("part_stability", "part stability", percent, "% of prototypes and images: same parts under noise"),
+)  # fmt: skip
+
+
+# What two reports have to share for one to replace the other.
+SUBJECT = ("weights", "settings", "tta", "window", "dataset", "split", "images")
 
 
 class Evaluation(NamedTuple):
@@ -35,8 +73,37 @@ class Evaluation(NamedTuple):
     explanations: dict | None
 
 
+def about_model(path: Path, saved: SavedModel) -> dict:
+    """What a report says of its model: which weights they were (a digest of names and values), with which settings."""
+    inference, config, checkpoint = saved
+    sections = config_to_dict(config)
+    settings = {
+        "model": sections["model"],
+        "dataset": sections["dataset"] | {"root": os.path.abspath(config.dataset.root)},
+        "precision": "bfloat16" if inference.is_bfloat16 else "float32",
+        "device": inference.device.type,
+    }
+    return {
+        "checkpoint": str(path),
+        "weights": weights_digest(checkpoint.model),
+        "stage": checkpoint.stage,
+        "step": checkpoint.step,
+        "settings": settings,
+        "made_with": provenance(),
+    }
+
+
+def weights_digest(state: dict[str, Tensor]) -> str:
+    """SHA-256 of the names and the values of a state dict, whatever file they are in: 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def report_of(result: Evaluation, about: dict) -> dict:
-    """Everything that was measured as plain data, after what it is `about` (checkpoint, stage, pruned, tta, window).
+    """Everything that was measured as plain data, after what it is `about` (see `about_model`; tta, window).
 
     Classes that are in no label and no prediction have None instead of an IoU.
     """
@@ -56,6 +123,25 @@ def report_of(result: Evaluation, about: dict) -> dict:
         "worst": [{"image": dataset.image_id(index), "miou": miou} for miou, index, _ in result.worst],
         "explanations": result.explanations,
     }
+
+
+def origin(report: dict) -> list[str]:
+    """Where a report's numbers come from, in a few words each, for the page."""
+    settings, made = report["settings"], report["made_with"]
+    model = settings["model"]
+    scales = ", ".join(f"{scale:g}" for scale in (1, *model["msc_scales"]))
+    words = {
+        f"weights {report['weights'][:12]}": True,
+        f"step {report['step']:,} of {report['stage']}": report["stage"],
+        f"data {settings['dataset']['root']}": True,
+        f"{settings['precision']} on {settings['device']}": True,
+        f"maximum of the {model['msc_fusion']} at scales {scales}": model["msc_scales"],
+        "scales and flips averaged": report["tta"],
+        f"windows of {report['window']} pixels averaged": report["window"],
+        f"version {made['version']}": True,
+        f"commit {made['commit'][:12]}": made["commit"],
+    }
+    return [word for word, holds in words.items() if holds]
 
 
 def compare(first: Evaluation, second: Evaluation) -> dict:
@@ -100,45 +186,21 @@ def print_report(reports: Sequence[dict], difference: dict | None) -> None:
 
 
 def explanation_lines(measured: dict | None) -> list[tuple[str, str, str]]:
-    """(name, value, meaning) of each metric of the explanations, for the console and the page."""
+    """(name, value, meaning) of each of the `METRICS` that was measured, for the console and the page."""
     if measured is None:
         return []
-    share = {key: percent(value) for key, value in measured.items() if isinstance(value, float)}
-    listed = {key: _listed(measured[key]) for key in ("unused", "impure")}
-    pairs = _listed([f"{p} and {q}" for p, q in measured["duplicates"]])
-    first, last = percent(measured["agreement"][0]), percent(measured["agreement"][-1])
-    depth = len(measured["agreement"])
-    lines = [
-        (
-            "used",
-            share["used"],
-            f"% of {measured['prototypes']} prototypes; never the first reason: {listed['unused']}",
-        ),
-        ("purity", share["purity"], f"% of the nearest patches have the class; less than half: {listed['impure']}"),
-        (
-            "similarity",
-            f"{measured['similarity']:.3f}",
-            f"between prototypes of a class (1: the same); duplicates: {pairs}",
-        ),
-        ("sparsity", f"{measured['explaining']:.1f}", "prototypes make up 95 % of a decision"),
-        ("zeros", share["zeros"], "% of the connections to other classes"),
-        ("agreement", first, f"% of nearest prototypes have the predicted class; of the {depth} nearest {last} %"),
-        ("stability", share["stability"], "% of cells keep their first reason under noise"),
-        (
-            "faithfulness",
-            f"{measured['faithfulness']:+.3f}",
-            "probability lost with the first reasons, beyond random ones",
-        ),
+    lists = {
+        "unused": _listed(measured["unused"]),
+        "impure": _listed(measured["impure"]),
+        "duplicates": _listed([f"{p} and {q}" for p, q in measured["duplicates"]]),
+        "depth": len(measured["agreement"]),
+        "last": percent(measured["agreement"][-1]),
+    }
+    return [
+        (name, show(measured[key]), meaning.format(**measured | lists))
+        for key, name, show, meaning in METRICS
+        if key in measured
     ]
-    if "consistency" in measured:
-        lines.append(("consistency", share["consistency"], "% of prototypes hit the same part of their object"))
-        lines.append(("part stability", share["part_stability"], "% of prototypes and images: same parts under noise"))
-    return lines
-
-
-def _listed(items: list, most: int = 12) -> str:
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(map(str, items[:most])) + more if items else "none"
 
 
 def absent_classes(report: dict) -> list[str]:
@@ -146,38 +208,77 @@ def absent_classes(report: dict) -> list[str]:
     return [c["name"] for c in report["classes"] if c["iou"] is None]
 
 
-def percent(value: float | None, sign: str = "") -> str:
-    """A share as a percentage with one digit, or "-" where there is none."""
-    return "-" if value is None else f"{100 * value:{sign}.1f}"
+def _listed(items: list, most: int = 12) -> str:
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(map(str, items[:most])) + more if items else "none"
 
 
 def _number(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
+# --- files -----------------------------------------------------------------------------------------------------
+
+
+def write_report(
+    folder: Path, name: str, results: Sequence[Evaluation], reports: Sequence[dict], difference: dict | None
+) -> Path:
+    """Write NAME.json and NAME.html, the page of it; the path of the former.
+
+    Where that name is a report of something else, or not ours, it stays, and NAME_2, NAME_3 .. is tried.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    free = next(path for path in _names(folder, name) if _may_write(path, reports))
+    if free.stem != name:
+        print(f"{folder / name}.json is of another checkpoint, other settings or other data, and stays")
+    content = {"checkpoints": reports, "difference": difference} if difference else reports[0]
+    page = page_of(results, reports, difference)  # before anything is written: a picture may be missing
+    with replacing(free, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+    pages.write_page(free.with_suffix(".html"), page)
+    return free
+
+
+def _names(folder: Path, name: str) -> Iterator[Path]:
+    yield folder / f"{name}.json"
+    yield from (folder / f"{name}_{number}.json" for number in itertools.count(2))
+
+
+def _may_write(path: Path, reports: Sequence[dict]) -> bool:
+    """Whether nothing is in the way of a report, or an earlier one of the same."""
+    if not os.path.lexists(path):
+        return not os.path.lexists(path.with_suffix(".html"))
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (ValueError, RecursionError):
+        return False
+    there = found.get("checkpoints", [found]) if isinstance(found, dict) else []
+    if not (isinstance(there, list) and all(isinstance(report, dict) for report in there)):
+        return False
+    return [_subject(report) for report in there] == [_subject(report) for report in reports]
+
+
+def _subject(report: dict) -> dict:
+    return {key: report.get(key) for key in SUBJECT}
+
+
 # --- the page --------------------------------------------------------------------------------------------------
 
 
-def write_page(path: Path, results: Sequence[Evaluation], reports: Sequence[dict], difference: dict | None) -> None:
+def page_of(results: Sequence[Evaluation], reports: Sequence[dict], difference: dict | None) -> str:
     """The page of one or two evaluations; it contains its pictures and style, runs no script and loads nothing."""
-    templates = Path(__file__).parent.parent / "explanation" / "templates"
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(templates), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["percent"] = percent
-    style = "".join((templates / name).read_text(encoding="utf-8") for name in ("style.css", "evaluation.css"))
-    page = environment.get_template("evaluation.html").render(
-        generator="prototype segmentation: evaluate.py",
-        policy="default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'",
-        style=Markup(style),
-        script="",
+    return pages.render(
+        "evaluation.html",
+        styles=("style.css", "evaluation.css"),
+        inline=True,
+        filters={"percent": percent},
         reports=reports,
         difference=difference,
         pictures=[worst_pictures(result) for result in results],
         explanation_lines=explanation_lines,
         absent_classes=absent_classes,
+        origin=origin,
     )
-    path.write_text(page, encoding="utf-8", errors="replace")  # names may hold bytes that no encoding has
 
 
 def worst_pictures(result: Evaluation) -> list[dict]:

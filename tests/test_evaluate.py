@@ -3,6 +3,7 @@
 import json
 import tarfile
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,15 +13,21 @@ from torch import nn
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
 import evaluate
-from config import Config, config_to_dict
-from dataset import CityscapesDataset, PascalVOCDataset, build_dataset, voc_palette
-from evaluate import View, label_image, sliding_logits, tta_logits
-from evaluation import submission as export
-from evaluation.submission import Export, ExportError
+from config import config_to_dict
+from dataset import build_dataset
+from datasets.base import voc_palette
+from datasets.cityscapes import CityscapesDataset
+from datasets.pascal import PascalVOCDataset
+from evaluation import submission as submissions
+from evaluation.labelling import View, label_image, sliding_logits, tta_logits
+from evaluation.measuring import evaluate as measure
+from evaluation.report import weights_digest
+from evaluation.submission import Submission, SubmissionError
+from grid import Grid
+from inference import Inference, open_model
 from metrics import ConfusionMatrix, bootstrap_difference, iou_of_tallies
-from model import LinearNet, construct_PPNet, pad_to_grid, upsample
-from module import TrainingModule, load_model
-from runtime.checkpoint import save_checkpoint
+from model import LinearNet, construct_PPNet
+from runtime.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from runtime.errors import ConfigError
 from tests.tiny import EveryEighthPixel, tiny_config
 
@@ -34,14 +41,14 @@ def save_model(path, *overrides, seed=0):
     model = construct_PPNet(config.model)
     if config.model.head == "prototype":
         nn.init.normal_(model.last_layer.weight)
-    state = {"config": config_to_dict(config), "phase": 1, "step": 5, "stage": "joint", "model": model.state_dict()}
-    save_checkpoint(path, state)
+    save_checkpoint(path, Checkpoint(config_to_dict(config), "joint", 1, 5, dict(model.state_dict())))
     return config
 
 
 def all_pixels(path, split="val"):
     """Predictions and labels of all pixels of a split, one long tensor each, counted independently of evaluate.py."""
-    model, config, _ = load_model(path)
+    saved = open_model(path)
+    model, config = saved.model, saved.config
     with torch.no_grad():
         pairs = [
             (model.predict(image[None]).argmax(1).flatten(), label.flatten()) for image, label in data(config, split)
@@ -76,16 +83,14 @@ def test_miou_is_that_of_torchmetrics(workdir, head):
 
 def test_it_agrees_with_validation_during_training(workdir):
     config = save_model("a.pth")
-    model, _, _ = load_model("a.pth")
-    module, dataset = TrainingModule(config, model, CPU), build_dataset(config, "val")
-    result = evaluate.evaluate(module, dataset, View(), None)
-    assert torch.equal(result.matrix.counts, module.validate(dataset).counts)
+    inference, dataset = open_model("a.pth").inference, build_dataset(config, "val")
+    result = measure(inference, dataset, View())
+    assert torch.equal(result.matrix.counts, inference.validate(dataset).counts)
 
 
 def test_the_images_add_up_to_the_whole_however_they_are_sharded(workdir):
     config = save_model("a.pth", "dataset.shapes.val_images=5")
-    module = TrainingModule(config, load_model("a.pth")[0], CPU)
-    result = evaluate.evaluate(module, build_dataset(config, "val"), View(), None)
+    result = measure(open_model("a.pth").inference, build_dataset(config, "val"), View())
     assert torch.equal(result.tallies.sum(0), result.matrix.tallies())
     for shard in (result.tallies[::2], result.tallies[:1]):
         rest = result.tallies.sum(0) - shard.sum(0)
@@ -160,27 +165,27 @@ class WithContext(EveryEighthPixel):
 
 def smooth_image(height, width, seed=0):
     coarse = torch.randn(1, 3, 5, 7, generator=torch.Generator().manual_seed(seed))
-    return upsample(coarse, (height, width))
+    return Grid().upsample(coarse, (height, width))
 
 
 @pytest.mark.parametrize("size", [(33, 33), (129, 97), (70, 200), (41, 35)])
 @pytest.mark.parametrize("window", [33, 65, 1025])
 def test_windows_are_put_together_where_they_belong(workdir, size, window):
-    module = TrainingModule(tiny_config(), pixel_net(), CPU)
+    inference = Inference(pixel_net(), CPU)
     image = torch.randn(1, 3, *size)
     with torch.no_grad():
-        whole, _ = label_image(module, image, View())
+        whole, _ = label_image(inference, image, View())
         assert len(whole.unique()) == 5
-        slid, distances = label_image(module, image, View(window=window))
+        slid, distances = label_image(inference, image, View(window=window))
     assert whole.shape == slid.shape == (1, *size)
     assert (whole == slid).float().mean() > 0.9999  # sums in another order may turn a tie
     assert distances is None
 
 
 def test_windows_agree_with_the_whole_image_where_context_matters():
-    module = TrainingModule(Config(), LinearNet(WithContext(), 5).eval(), CPU)
+    inference = Inference(LinearNet(WithContext(), 5).eval(), CPU)
     with torch.no_grad():
-        views = [label_image(module, smooth_image(257, 385), view)[0] for view in (View(), View(window=129))]
+        views = [label_image(inference, smooth_image(257, 385), view)[0] for view in (View(), View(window=129))]
     assert len(views[0].unique()) > 1
     assert 0.99 <= (views[0] == views[1]).float().mean() < 1
 
@@ -192,7 +197,7 @@ def test_a_window_counts_less_towards_its_border():
         seen.append(images.shape[-2:])
         return torch.full((1, 2, 5, 5), float(len(seen)))
 
-    logits = sliding_logits(classify, torch.zeros(1, 3, 33, 49), 33, 8)
+    logits = sliding_logits(classify, torch.zeros(1, 3, 33, 49), 33, Grid())
     assert len(seen) == 2  # at 0 and, ending with the image, at 16
     assert logits[0, 0, 0].tolist() == [1, 1, 1.25, 1.5, 1.75, 2, 2]
 
@@ -200,11 +205,11 @@ def test_a_window_counts_less_towards_its_border():
 def test_flips_are_turned_back_and_scales_averaged():
     model, image = pixel_net(), smooth_image(41, 57)
     with torch.no_grad():
-        ours = tta_logits(lambda view: model(view).logits, image, 8)
+        ours = tta_logits(lambda view: model(view).logits, image, Grid())
         expected = torch.zeros_like(ours)
         for size in ((33, 41), (41, 57), (49, 73)):  # 0.75, 1 and 1.25 of 5 x 7 squares, in whole squares
-            logits = model(upsample(image, size)).logits
-            expected += upsample(logits.softmax(1), (41, 57)) / 3  # without context a flip changes nothing
+            logits = model(Grid().upsample(image, size)).logits
+            expected += Grid().upsample(logits.softmax(1), (41, 57)) / 3  # without context a flip changes nothing
     torch.testing.assert_close(ours, expected)
 
 
@@ -236,11 +241,11 @@ def folder_overrides(classes):
 def test_absent_classes_are_shown_as_such_and_left_out(workdir, capsys):
     write_folder(workdir / "own", ["one", "two", "three"], [0, 1, 255])
     save_model("a.pth", *folder_overrides(3))
-    model, config, state = load_model("a.pth")
+    model, _, state = open_model("a.pth").inference.model, *open_model("a.pth")[1:]
     with torch.no_grad():
         model.last_layer.weight.zero_()
         model.last_layer.weight[0] = 1  # always the first class
-    save_checkpoint("a.pth", state | {"model": model.state_dict()})
+    save_checkpoint("a.pth", state.with_(model=dict(model.state_dict())))
     evaluate.main(["a.pth"])
     printed = capsys.readouterr().out
     report = read_json("a")
@@ -248,6 +253,16 @@ def test_absent_classes_are_shown_as_such_and_left_out(workdir, capsys):
     assert report["miou"] == pytest.approx(report["classes"][0]["iou"] / 2)
     assert "three" in printed and "'-' = in no label and no prediction, left out of the mean: three" in printed
     assert "left out of the mean" in (workdir / "results/evaluation/a.html").read_text()
+
+
+def test_other_classes_than_those_of_the_training_are_refused(workdir):
+    write_folder(workdir / "own", ["road", "car", "sky"], [0, 1, 2])
+    save_model("a.pth", *folder_overrides(3))
+    save_checkpoint("a.pth", load_checkpoint("a.pth").with_(class_names=("road", "car", "sky")))
+    evaluate.main(["a.pth"])
+    (workdir / "own/classes.txt").write_text("car\nroad\nsky")
+    with pytest.raises(ConfigError, match="a.pth: it was trained with 'road' as class 0.*in another order"):
+        evaluate.main(["a.pth"])
 
 
 def test_the_page_is_self_contained_and_names_are_data(workdir):
@@ -288,18 +303,124 @@ def test_what_was_asked_is_in_the_file_name(workdir):
     assert report["explanations"] is None
 
 
+# --- what it is of ---------------------------------------------------------------------------------------------
+
+
+def written():
+    return sorted(path.name for path in evaluate.Path("results/evaluation").iterdir())
+
+
+def test_a_report_says_what_it_is_of(workdir):
+    config = save_model("a.pth")
+    evaluate.main(["a.pth", "--set", "model.msc_scales=[0.5]", "--set", "system.device=cpu"])
+    report = read_json("a")
+    assert (report["checkpoint"], report["stage"], report["step"]) == ("a.pth", "joint", 5)
+    assert report["weights"] == weights_digest(load_checkpoint("a.pth").model)
+    settings = report["settings"]
+    assert (settings["precision"], settings["device"]) == ("float32", "cpu")
+    assert settings["model"] == config_to_dict(config)["model"] | {"msc_scales": [0.5]}
+    assert settings["dataset"]["root"] == str(evaluate.Path(config.dataset.root).absolute())
+    assert (report["dataset"], report["split"], report["images"]) == ("shapes", "val", 2)
+    assert {"version", "commit", "torch", "command"} <= report["made_with"].keys()
+    page = (workdir / "results/evaluation/a.html").read_text()
+    for words in (
+        report["weights"][:12],
+        "step 5 of joint",
+        "float32 on cpu",
+        "maximum of the logits at scales 1, 0.5",
+    ):
+        assert words in page
+
+
+def test_the_digest_is_of_names_and_values():
+    state = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor(3), "c": torch.zeros(0)}
+    same = dict(reversed([(name, value.clone()) for name, value in state.items()]))
+    assert weights_digest(state) == weights_digest(same) and len(weights_digest(state)) == 64
+    others = [
+        {"a": torch.tensor([1.0, 2.5])},
+        {"b": torch.tensor(4)},
+        {"a": torch.tensor([[1.0, 2.0]])},
+        {"d": state["b"]},
+    ]
+    assert len({weights_digest(state | other) for other in others} | {weights_digest(state)}) == 5
+
+
+def test_a_report_of_something_else_is_not_replaced(workdir, capsys):
+    (workdir / "twin").mkdir()
+    save_model("a.pth")
+    save_model("twin/a.pth", seed=1)
+    evaluate.main(["a.pth"])
+    first = read_json("a")
+    for arguments, name in (
+        (["twin/a.pth"], "a_2"),  # other weights
+        (["a.pth", "--set", "model.msc_scales=[0.5]"], "a_3"),  # other settings
+        (["a.pth", "--set", "dataset.shapes.val_images=1"], "a_4"),  # other data
+    ):
+        capsys.readouterr()
+        evaluate.main(arguments)
+        said = capsys.readouterr().out
+        assert f"written: results/evaluation/{name}.json" in said and "a.json is of another checkpoint" in said
+        assert read_json(name)["checkpoint"] == arguments[0] and read_json("a") == first
+    evaluate.main(["a.pth", "twin/a.pth"])
+    evaluate.main(["twin/a.pth", "a.pth"])
+    names = ["a", "a_2", "a_3", "a_4", "a_vs_a", "a_vs_a_2"]
+    assert written() == sorted(f"{name}{kind}" for name in names for kind in (".html", ".json"))
+
+
+def test_the_same_evaluation_takes_its_own_place(workdir, capsys):
+    (workdir / "twin").mkdir()
+    save_model("a.pth")
+    save_model("twin/a.pth", seed=1)
+    for path in ("a.pth", "twin/a.pth", "a.pth", "twin/a.pth"):
+        evaluate.main([path])
+    (workdir / "a.pth").rename("twin/b.pth")
+    (workdir / "twin/b.pth").rename("twin/a.pth")  # the same weights in another place
+    evaluate.main(["twin/a.pth"])
+    assert "is of another" not in capsys.readouterr().out.splitlines()[-2]
+    assert written() == ["a.html", "a.json", "a_2.html", "a_2.json"]
+    assert (read_json("a")["checkpoint"], read_json("a_2")["checkpoint"]) == ("twin/a.pth", "twin/a.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.html", "mine"),
+        ("a.json", "mine"),
+        ("a.json", "[1]"),
+        ("a.json", '{"checkpoints": [1]}'),
+        ("a.json", "[" * 9999),
+    ],
+)
+def test_a_file_that_is_not_ours_stays(workdir, name, content):
+    save_model("a.pth")
+    path = workdir / "results/evaluation" / name
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    evaluate.main(["a.pth"])
+    assert path.read_text() == content and {"a_2.json", "a_2.html", name} == set(written())
+
+
+def test_a_checkpoint_does_not_say_where_its_report_goes(workdir):
+    save_model("a.pth", f"paths.results_dir={workdir / 'theirs'}")
+    evaluate.main(["a.pth"])
+    assert not (workdir / "theirs").exists() and written() == ["a.html", "a.json"]
+    evaluate.main(["a.pth", "--set", "paths.results_dir=mine"])
+    assert (workdir / "mine/evaluation/a.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "name one checkpoint"),
         (["a.pth", "b.pth", "c.pth"], "name one checkpoint"),
         (["a.pth", "b.pth", "--export", "out"], "name one checkpoint"),
-        (["a.pth", "--sliding", "512"], "multiple of 8 plus 1"),
+        (["a.pth", "--sliding", "512"], "whole cells of this model, for example 513"),
         (["a.pth", "--sliding", "25"], "at least 33"),
         (["a.pth", "--set", "dataset.nam=x"], "dataset.nam"),
         (["a.pth", "--set", "model.head=linear"], "the model is the checkpoint's"),
         (["a.pth", "--export", "out"], "only cityscapes and pascal"),
-        (["missing.pth"], "no such checkpoint"),
+        (["a.pth", "--split", "../val"], "split"),
+        (["missing.pth"], "there is no such"),
     ],
 )
 def test_bad_command_lines_say_why(workdir, arguments, message):
@@ -340,7 +461,7 @@ def test_the_cityscapes_export_is_what_the_server_takes(workdir, capsys):
         label = workdir / f"own/gtFine/test/berlin/berlin_{i:06}_000019_gtFine_labelIds.png"
         label.parent.mkdir(parents=True, exist_ok=True)
         label.write_bytes((workdir / f"submitted/berlin_{i:06}_000019.png").read_bytes())
-    dataset = CityscapesDataset(load_model("a.pth")[1].dataset, "test")  # which now reads the predictions as labels
+    dataset = CityscapesDataset(open_model("a.pth").config.dataset, "test")  # which now reads the predictions as labels
     assert torch.equal(torch.stack([label for _, label in dataset]).flatten(), predictions)
 
 
@@ -374,7 +495,7 @@ def test_the_voc_export_is_what_the_server_takes(workdir):
     (voc / "ImageSets/Segmentation/back.txt").write_text("2008_000001\n2008_000003")
     for name in ("2008_000001", "2008_000003"):
         (voc / f"SegmentationClass/{name}.png").write_bytes((workdir / f"submitted/{folder}/{name}.png").read_bytes())
-    dataset = PascalVOCDataset(load_model("a.pth")[1].dataset, "back")
+    dataset = PascalVOCDataset(open_model("a.pth").config.dataset, "back")
     predictions, _ = all_pixels("a.pth", "test")
     assert torch.equal(torch.cat([label.flatten() for _, label in dataset]), predictions)
 
@@ -382,13 +503,13 @@ def test_the_voc_export_is_what_the_server_takes(workdir):
 def cityscapes_export(workdir, count=2):
     write_cityscapes(workdir / "own", "test", count)
     config = tiny_config("dataset.name=cityscapes", "dataset.root=own")
-    return Export(CityscapesDataset(config.dataset, "test"), workdir / "out")
+    return Submission(CityscapesDataset(config.dataset, "test"), workdir / "out")
 
 
 def test_an_incomplete_export_is_refused(workdir):
     submission = cityscapes_export(workdir)
     submission.write(0, np.zeros((48, 96), dtype=np.uint8))
-    with pytest.raises(ExportError, match="1 images, want 2"):
+    with pytest.raises(SubmissionError, match="1 images, want 2"):
         submission.finish()
 
 
@@ -406,8 +527,8 @@ def test_a_file_that_was_changed_is_refused(workdir, fault, monkeypatch):
     }[fault]
     changed.save(path)
     if fault == "extra":
-        monkeypatch.setattr(export, "_members", lambda archive: [("berlin_000009_000019.png", b"")])
-    with pytest.raises(ExportError, match="berlin_00000[19]_000019"):
+        monkeypatch.setattr(submissions, "_members", lambda archive: [("berlin_000009_000019.png", b"")])
+    with pytest.raises(SubmissionError, match="berlin_00000[19]_000019"):
         submission.finish()
 
 
@@ -420,9 +541,19 @@ def test_an_export_does_not_mix_with_an_older_one(workdir):
 
 def test_padding_leaves_no_trace_in_the_labels(workdir):
     """An image of any size is labelled as its padded self, cut back."""
-    module = TrainingModule(tiny_config(), pixel_net(), CPU)
+    inference = Inference(pixel_net(), CPU)
     image = torch.randn(1, 3, 37, 50)
     with torch.no_grad():
-        odd, _ = label_image(module, image, View())
-        padded, _ = label_image(module, pad_to_grid(image, 0.0), View())
+        odd, _ = label_image(inference, image, View())
+        padded, _ = label_image(inference, Grid().pad(image, 0.0), View())
     assert torch.equal(odd, padded[:, :37, :50])
+
+
+def test_other_classes_than_the_checkpoint_knows_are_refused(workdir):
+    write_folder(workdir / "own", ["two", "one"], [0, 1])
+    save_model("a.pth", *folder_overrides(2))
+    known = load_checkpoint(Path("a.pth")).with_(class_names=("one", "two"), palette=((1, 1, 1), (2, 2, 2)))
+    save_checkpoint(Path("a.pth"), known)
+    with pytest.raises(ConfigError, match=r"a\.pth: it was trained with 'one' as class 0, .* in another order"):
+        evaluate.main(["--checkpoint", "a.pth"])
+    assert not (workdir / "results").exists()

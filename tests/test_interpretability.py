@@ -107,7 +107,7 @@ def test_a_prototype_that_decides_everything_is_found():
 def test_similarity_is_the_diversity_loss_of_the_data_set():
     distances, cells = planted_distances(), planted_cells()
     found = measured(planted_model(), distances, cells, images=1)
-    assert found["similarity"] == pytest.approx(float(diversity_loss(distances, cells, CLASS_OF)), rel=1e-5)
+    assert found["similarity"] == pytest.approx(float(diversity_loss(distances, cells, CLASS_OF).value), rel=1e-5)
 
 
 def test_stability_counts_the_cells_whose_first_reason_changes():
@@ -156,7 +156,8 @@ def test_deletion_is_what_a_model_without_the_prototypes_says():
     distances = torch.rand(1, 6, 1, 4) * 3
     activations, weight = model.activations(distances)[0].flatten(1).T, model.last_layer.weight
     classes = (activations @ weight.T).argmax(1)
-    curve = deletion_curve(activations, weight, classes, torch.tensor([[3, 0]] * 4))
+    removed = [model.contributions_of(distances, torch.full((1, 1, 4), p))[0, :, 0].T for p in (3, 0)]
+    curve = deletion_curve(activations @ weight.T, removed, classes)
     for step, kept in enumerate(([0, 1, 2, 3, 4, 5], [0, 1, 2, 4, 5], [1, 2, 4, 5])):
         probability = (activations[:, kept] @ weight[:, kept].T).softmax(1)
         torch.testing.assert_close(curve[:, step], probability.gather(1, classes[:, None])[:, 0])
