@@ -292,3 +292,5 @@ def test_row_26_nothing_grows(workdir, epochs, workers):
     print(f"{early[0]:.1f} MB, later {late[0]:.1f} MB; open files and threads {early[1:]}, later {late[1:]}")
     assert late[0] - early[0] < 1.0
     assert late[1:] == early[1:]
+    most = [max(column) for column in zip(*rows[:-1], strict=True)]
+    assert all(last <= before for last, before in zip(rows[-1][1:], most[1:], strict=True))
